@@ -1,0 +1,87 @@
+// The extension module mmrlhf._C: argument checks, the interpreter lock, and one definition an op.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include "checks.h"
+#include "cpu/exp2_rowsum.h"
+#include "cpu/parallel.h"
+#if defined(MMRLHF_CUDA_ARCHS)
+#include "bindings_cuda.h"
+#endif
+
+namespace mmrlhf {
+namespace {
+
+using cpu::Isa;
+constexpr struct {
+  Isa isa;
+  const char* name;
+} kIsas[] = {{Isa::scalar, "scalar"}, {Isa::avx2, "avx2"}, {Isa::avx512, "avx512"}};
+
+nb::list supported_isas() {
+  nb::list names;
+  for (const auto& [isa, name] : kIsas) {
+    if (cpu::supported(isa)) names.append(name);
+  }
+  return names;
+}
+
+Isa isa_named(const std::string& asked) {
+  if (asked == "auto") return cpu::best_isa();
+  std::string allowed = "auto";
+  for (const auto& [isa, name] : kIsas) {
+    if (!cpu::supported(isa)) continue;
+    if (asked == name) return isa;
+    allowed += std::string(", ") + name;
+  }
+  throw nb::value_error(("isa must be one that this CPU has (" + allowed + "), got '" + asked + "'").c_str());
+}
+
+void exp2_rowsum_(const Array& tile, const Array& offset, const Array& sums, const std::optional<Array>& target_col,
+                  const std::optional<Array>& target_exp, bool accumulate, int threads, const std::string& isa) {
+  const Exp2RowsumArguments a(tile, offset, sums, target_col, target_exp, nb::device::cpu::value);
+  if (threads < 1) throw nb::value_error(("threads must be at least 1, got " + std::to_string(threads)).c_str());
+  const Isa path = isa_named(isa);
+  nb::gil_scoped_release unlocked;
+  cpu::exp2_rowsum({a.tile, a.rows, a.cols, a.stride}, a.offset, a.sums, a.target_col, a.target_exp, accumulate, path,
+                   threads);
+}
+
+nb::dict build_info() {
+  nb::dict info;
+  info["version"] = MMRLHF_VERSION;
+  info["compiler"] = MMRLHF_COMPILER;
+  info["isas"] = supported_isas();
+  for (const auto& [isa, name] : kIsas) {
+    if (isa == cpu::best_isa()) info["isa"] = name;
+  }
+  info["threads"] = threads_from();
+#if defined(MMRLHF_CUDA_ARCHS)
+  info["cuda"] = true;
+  info["cuda_archs"] = MMRLHF_CUDA_ARCHS;
+  info["cuda_compiler"] = MMRLHF_CUDA_COMPILER;
+#else
+  info["cuda"] = false;
+  info["cuda_archs"] = "";
+  info["cuda_compiler"] = "";
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace mmrlhf
+
+NB_MODULE(_C, m) {
+  using namespace nanobind::literals;
+  namespace nb = nanobind;
+  m.doc() = "Compiled ops of mmrlhf. Signatures and meaning: mmrlhf/_C.pyi.";
+  m.def("exp2_rowsum_", &mmrlhf::exp2_rowsum_, "tile"_a.noconvert(), "offset"_a.noconvert(), "sums"_a.noconvert(),
+        nb::kw_only(), "target_col"_a.noconvert() = nb::none(), "target_exp"_a.noconvert() = nb::none(),
+        "accumulate"_a = false, "threads"_a = 1, "isa"_a = "auto");
+  m.def("build_info", &mmrlhf::build_info);
+#if defined(MMRLHF_CUDA_ARCHS)
+  mmrlhf::bind_cuda(m);
+#endif
+}

@@ -1,0 +1,47 @@
+"""Fixtures that every room shares. Nothing here touches the network, and no test may: the hub is switched off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's root."""
+    return REPOSITORY
+
+
+@pytest.fixture
+def subprocess_python(tmp_path):
+    """Runs Python code in a fresh interpreter and returns what it printed; fails with its stderr if it fails.
+
+    `repository_first=True` starts in the checkout with its root on sys.path, as `python -m` there would.
+    """
+
+    def run(
+        code: str, *, repository_first: bool = True, env: dict[str, str] | None = None, timeout: float = 120
+    ) -> str:
+        where = REPOSITORY if repository_first else tmp_path
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=where,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        return result.stdout
+
+    return run
