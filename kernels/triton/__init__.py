@@ -1,0 +1,1 @@
+"""Triton device code, its launch configurations and its launchers; what calls them is `mmrlhf.ops`."""

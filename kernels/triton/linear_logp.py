@@ -1,0 +1,373 @@
+"""Device code of `linear_logp`: the exponentials E = 2^(z log2(e) - k) of the logits, and their sums a row.
+
+One offset a row, k = rint(z_y log2(e)), known before the GEMM from the target's logit alone; so a tile of logits turns
+into a tile of E and a partial sum in one visit, and no tile ever waits for another. The target's column is left out of
+the sum: S' is what the other tokens weigh, and logp = -log1p(S' / E_y). Two ways to the same tile: `exp2_epilogue` over
+float32 logits that a library GEMM made, `exp2_gemm` with the same epilogue inside. Both leave partial sums
+[statistic, vocabulary tile, row] for `finish`, which adds them in one fixed order: results never depend on timing.
+
+Nothing here allocates what it returns. Not covered: float64, and rows with S' above 2^64, which `mmrlhf.ops` finds in
+`rest` and runs again with the offset at their true maximum (statistic MAXIMUM).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from mmrlhf.kernels.triton.mathlib import LN2, LOG2E, log1p, tanh_and_slope
+
+# Rows of `partial`. Without statistics only the first is there.
+SUM = tl.constexpr(0)  # sum of E
+ENTROPY = tl.constexpr(1)  # sum of E * t, with t = z log2(e) - k
+SQUARES = tl.constexpr(2)  # sum of (E * 2^-32)^2: E reaches 2^64, its square would not fit
+LOGITS = tl.constexpr(3)  # sum of z log2(e)
+MAXIMUM = tl.constexpr(4)  # largest t
+
+
+@triton.jit
+def _exponentials(
+    raw,  # [BLOCK_M, BLOCK_V] float32, <h, W_v>
+    bias,  # [BLOCK_V] float32 or None
+    offset,  # [BLOCK_M] float32
+    target,  # [BLOCK_M]
+    column,  # [BLOCK_V]
+    vocab,
+    gain,
+    cap,
+    SOFTCAP: tl.constexpr,
+):
+    """z log2(e), t, which columns count, E, and what the gradient needs: E times the slope of the cap."""
+    if SOFTCAP:
+        x = raw * gain
+        if bias is not None:
+            x += bias[None, :]
+        tanh, slope = tanh_and_slope(x)
+        z = tanh * cap
+        t = tl.fma(tanh, cap, -offset[:, None])
+    else:
+        z = raw * gain
+        shift = -offset[:, None]
+        if bias is not None:
+            z += bias[None, :]
+            shift += bias[None, :]
+        t = tl.fma(raw, gain, shift)
+    inside = (column < vocab)[None, :] & (column[None, :] != target[:, None])
+    e = tl.where(inside, tl.exp2(t), 0.0)
+    kept = e
+    if SOFTCAP:
+        kept = e * slope
+    return z, t, inside, e, kept
+
+
+@triton.jit
+def _store_partial(pointer, stat_stride, mask, z, t, inside, e, STATS: tl.constexpr):
+    """Sums of one tile over its columns, to partial[:, tile, rows]."""
+    tl.store(pointer, tl.sum(e, axis=1), mask=mask)
+    if STATS:
+        # A logit of -inf (a masked token) has E = 0 and t = -inf: it adds nothing.
+        tl.store(pointer + stat_stride * ENTROPY, tl.sum(tl.where(e > 0, e * t, 0.0), axis=1), mask=mask)
+        small = e * 2.0**-32
+        tl.store(pointer + stat_stride * SQUARES, tl.sum(small * small, axis=1), mask=mask)
+        tl.store(pointer + stat_stride * LOGITS, tl.sum(tl.where(inside, z, 0.0), axis=1), mask=mask)
+        largest = tl.max(tl.where(inside, t, float("-inf")), axis=1)
+        tl.store(pointer + stat_stride * MAXIMUM, largest, mask=mask)
+
+
+@triton.jit
+def exp2_epilogue_kernel(
+    tile,  # [rows, columns] float32, <h, W_v> for v = start ...
+    out,  # [rows, columns], may be `tile`; or None
+    bias,  # [columns] or None
+    offset,  # [rows]
+    target,  # [rows]
+    partial,  # [statistics, tiles, rows]
+    rows,
+    columns,
+    start,
+    tile_stride,
+    out_stride,
+    stat_stride,
+    partial_stride,
+    gain,
+    bias_gain,
+    cap,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One [BLOCK_M, BLOCK_V] tile a program: 4 bytes read and 4 (2 in bfloat16) written a logit, nothing else."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row_mask, column_mask = row < rows, local < columns
+    mask = row_mask[:, None] & column_mask[None, :]
+    row64 = row.to(tl.int64)
+    raw = tl.load(tile + row64[:, None] * tile_stride + local[None, :], mask=mask, other=0.0)
+    b = None
+    if bias is not None:
+        b = tl.load(bias + local, mask=column_mask, other=0.0).to(tl.float32) * bias_gain
+    k = tl.load(offset + row, mask=row_mask, other=0.0)
+    y = (tl.load(target + row, mask=row_mask, other=-1) - start).to(tl.int32)
+    z, t, inside, e, kept = _exponentials(raw, b, k, y, local, columns, gain, cap, SOFTCAP)
+    if out is not None:
+        tl.store(out + row64[:, None] * out_stride + local[None, :], kept.to(out.dtype.element_ty), mask=mask)
+    pointer = partial + tl.program_id(1).to(tl.int64) * partial_stride + row
+    _store_partial(pointer, stat_stride, row_mask, z, t, inside, e, STATS)
+
+
+@triton.jit
+def _store_tile(
+    out, value, row, first, rows, vocab, out_stride, LOADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    if LOADS == "pointer":
+        rows_here = row + tl.arange(0, BLOCK_M)
+        column = first + tl.arange(0, BLOCK_V)
+        mask = (rows_here < rows)[:, None] & (column < vocab)[None, :]
+        pointer = out + rows_here.to(tl.int64)[:, None] * out_stride + column[None, :]
+        tl.store(pointer, value.to(out.dtype.element_ty), mask=mask)
+    else:
+        out.store([row, first], value.to(out.dtype))
+
+
+@triton.jit
+def exp2_gemm_kernel(
+    hidden,  # [rows, width], or its descriptor with LOADS = "descriptor"
+    weight,  # [vocab, width], or its descriptor
+    out,  # [rows, vocab], or its descriptor; or None
+    bias,  # [vocab] or None
+    offset,  # [rows]
+    target,  # [rows]
+    partial,  # [statistics, vocabulary tiles, rows]
+    rows,
+    vocab,
+    width,
+    hidden_stride,
+    weight_stride,
+    out_stride,
+    stat_stride,
+    partial_stride,
+    gain,
+    bias_gain,
+    cap,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LOADS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    """Persistent: each program walks over tiles, rows first within a group, so that a weight tile is read from L2.
+
+    LOADS: "pointer" takes any width and stride; "descriptor" (made on the host) and "device_descriptor" are TMA, and
+    need 16-byte aligned rows. Only the last can be warp-specialised on Hopper. SPLIT = 2 runs the epilogue in two
+    halves, which halves the staging buffer of the store. EVEN: width is a multiple of BLOCK_H (pointer only).
+    """
+    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(vocab, BLOCK_V)
+    half: tl.constexpr = BLOCK_V // SPLIT
+    if LOADS == "device_descriptor":
+        hidden_block = tl.make_tensor_descriptor(hidden, [rows, width], [hidden_stride, 1], [BLOCK_M, BLOCK_H])
+        weight_block = tl.make_tensor_descriptor(weight, [vocab, width], [weight_stride, 1], [BLOCK_V, BLOCK_H])
+        out_block = out
+        if out is not None:
+            out_block = tl.make_tensor_descriptor(out, [rows, vocab], [out_stride, 1], [BLOCK_M, half])
+    else:
+        hidden_block, weight_block, out_block = hidden, weight, out
+    span = GROUP_M * column_tiles
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), warp_specialize=WARP_SPECIALIZE
+    ):
+        group = tile // span
+        group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
+        row_tile = group * GROUP_M + (tile % span) % group_rows
+        column_tile = (tile % span) // group_rows
+        first_row, first = row_tile * BLOCK_M, column_tile * BLOCK_V
+        row = first_row + tl.arange(0, BLOCK_M)
+        row_mask = row < rows
+        acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+        for step in range(tl.cdiv(width, BLOCK_H)):
+            if LOADS == "pointer":
+                inner = step * BLOCK_H + tl.arange(0, BLOCK_H)
+                column = first + tl.arange(0, BLOCK_V)
+                a_mask, b_mask = row_mask[:, None], (column < vocab)[:, None]
+                if not EVEN:
+                    a_mask, b_mask = a_mask & (inner < width)[None, :], b_mask & (inner < width)[None, :]
+                a_at = hidden + row.to(tl.int64)[:, None] * hidden_stride + inner[None, :]
+                b_at = weight + column.to(tl.int64)[:, None] * weight_stride + inner[None, :]
+                a, b = tl.load(a_at, mask=a_mask, other=0.0), tl.load(b_at, mask=b_mask, other=0.0)
+            else:
+                a = hidden_block.load([first_row, step * BLOCK_H])
+                b = weight_block.load([first, step * BLOCK_H])
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        k = tl.load(offset + row, mask=row_mask, other=0.0)
+        y = tl.load(target + row, mask=row_mask, other=-1).to(tl.int32)
+        pointer = partial + (column_tile * SPLIT).to(tl.int64) * partial_stride + row
+        if SPLIT == 2:
+            left, right = acc.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()
+        for part in tl.static_range(SPLIT):
+            raw = acc if SPLIT == 1 else left if part == 0 else right
+            start = first + part * half
+            column = start + tl.arange(0, half)
+            shift = None
+            if bias is not None:
+                shift = tl.load(bias + column, mask=column < vocab, other=0.0).to(tl.float32) * bias_gain
+            z, t, inside, e, kept = _exponentials(raw, shift, k, y, column, vocab, gain, cap, SOFTCAP)
+            if out is not None:
+                _store_tile(out_block, kept, first_row, start, rows, vocab, out_stride, LOADS, BLOCK_M, half)
+            _store_partial(pointer + part * partial_stride, stat_stride, row_mask, z, t, inside, e, STATS)
+
+
+@triton.jit
+def target_logit_kernel(
+    hidden,  # [rows, width]
+    weight,  # [vocab, width]
+    bias,  # [vocab] or None
+    target,  # [rows]
+    z_y,  # [rows] out: the target's logit
+    slope_y,  # [rows] out: the slope of the cap there; or None
+    offset,  # [rows] out: k
+    rows,
+    vocab,
+    width,
+    hidden_stride,
+    weight_stride,
+    logit_scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Gather-dot of each row with its target's row of the weight. A target outside [0, vocab) is not read: NaN."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < rows
+    y = tl.load(target + row, mask=row_mask, other=0).to(tl.int64)
+    known = row_mask & (y >= 0) & (y < vocab)
+    acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    for start in range(0, width, BLOCK_H):
+        inner = start + tl.arange(0, BLOCK_H)
+        mask = known[:, None] & (inner < width)[None, :]
+        a = tl.load(hidden + row.to(tl.int64)[:, None] * hidden_stride + inner[None, :], mask=mask, other=0.0)
+        b = tl.load(weight + y[:, None] * weight_stride + inner[None, :], mask=mask, other=0.0)
+        acc = tl.fma(a.to(tl.float32), b.to(tl.float32), acc)
+    z = tl.sum(acc, axis=1) * logit_scale
+    if bias is not None:
+        z += tl.load(bias + y, mask=known, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        tanh, slope = tanh_and_slope(z / softcap)
+        z = tanh * softcap
+        tl.store(slope_y + row, slope, mask=row_mask)
+    z = tl.where(known, z, float("nan"))
+    tl.store(z_y + row, z, mask=row_mask)
+    tl.store(offset + row, tl.floor(z * LOG2E + 0.5), mask=row_mask)
+
+
+@triton.jit
+def _added(partial, tiles, stride, row, row_mask, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Sum of one statistic over the tiles, always in the same order. [BLOCK_M] float64"""
+    acc = tl.zeros((BLOCK_T, BLOCK_M), tl.float64)
+    for start in range(0, tiles, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        mask = (tile < tiles)[:, None] & row_mask[None, :]
+        acc += tl.load(partial + tile.to(tl.int64)[:, None] * stride + row[None, :], mask=mask, other=0.0).to(
+            tl.float64
+        )
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def finish_kernel(
+    partial,  # [statistics, tiles, rows]
+    z_y,  # [rows]
+    offset,  # [rows]
+    rest,  # [rows] out: S'
+    logp,  # [rows] out, nats
+    entropy,  # [rows] out, nats; these four with STATS
+    sum_p2,  # [rows] out
+    is_top1,  # [rows] out, 1 where no token has a larger logit than the target
+    mean_logit,  # [rows] out
+    maximum,  # [rows] out: the largest logit
+    rows,
+    tiles,
+    vocab,
+    stat_stride,
+    partial_stride,
+    STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Partial sums to log-probabilities and statistics, in float64: a few hundred numbers a row."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = row < rows
+    total = _added(partial, tiles, partial_stride, row, mask, BLOCK_M, BLOCK_T)
+    z = tl.load(z_y + row, mask=mask, other=0.0).to(tl.float64)
+    k = tl.load(offset + row, mask=mask, other=0.0).to(tl.float64)
+    own = z * LOG2E - k
+    e_y = tl.exp2(own)
+    # Where k is the row's maximum, E_y may be tiny: there the difference of logarithms is exact enough.
+    far = own < -64.0
+    surprise = tl.where(far, tl.log(total + e_y) - own * LN2, log1p(total / tl.where(far, 1.0, e_y)))
+    tl.store(rest + row, total.to(tl.float32), mask=mask)
+    tl.store(logp + row, (-surprise).to(tl.float32), mask=mask)
+    if STATS:
+        moment = _added(partial + stat_stride * ENTROPY, tiles, partial_stride, row, mask, BLOCK_M, BLOCK_T)
+        squares = _added(partial + stat_stride * SQUARES, tiles, partial_stride, row, mask, BLOCK_M, BLOCK_T)
+        logits = _added(partial + stat_stride * LOGITS, tiles, partial_stride, row, mask, BLOCK_M, BLOCK_T)
+        whole = total + e_y
+        # ln S - ln2 sum(E t) / S, with the target's share taken out of the difference: exact as p_y -> 1.
+        spread = surprise + (own * total - moment) / whole * LN2
+        tl.store(entropy + row, spread.to(tl.float32), mask=mask)
+        tl.store(sum_p2 + row, ((squares * 2.0**64 + e_y * e_y) / (whole * whole)).to(tl.float32), mask=mask)
+        mean = (logits * LN2 + z) / vocab
+        tl.store(mean_logit + row, mean.to(tl.float32), mask=mask)
+        peak = tl.full((BLOCK_T, BLOCK_M), float("-inf"), tl.float32)
+        for start in range(0, tiles, BLOCK_T):
+            tile = start + tl.arange(0, BLOCK_T)
+            some = (tile < tiles)[:, None] & mask[None, :]
+            at = partial + stat_stride * MAXIMUM + tile.to(tl.int64)[:, None] * partial_stride + row[None, :]
+            peak = tl.maximum(peak, tl.load(at, mask=some, other=float("-inf")))
+        largest = tl.max(peak, axis=0).to(tl.float64)
+        tl.store(is_top1 + row, (largest <= own).to(tl.int8), mask=mask)
+        tl.store(maximum + row, ((tl.maximum(largest, own) + k) * LN2).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def unit_gradient_kernel(
+    product,  # [rows, width] float32: E W, without the target's column
+    out,  # [rows, width] out, may be `product`
+    weight,  # [vocab, width]
+    target,  # [rows]
+    z_y,  # [rows]
+    offset,  # [rows]
+    rest,  # [rows]
+    slope_y,  # [rows] or None
+    rows,
+    vocab,
+    width,
+    product_stride,
+    out_stride,
+    weight_stride,
+    logit_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """dlogp/dh = logit_scale (S' slope_y W_y - E W) / S: the target's share is S' / S = 1 - p_y, exact as p_y -> 1."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inner = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row_mask = row < rows
+    mask = row_mask[:, None] & (inner < width)[None, :]
+    y = tl.load(target + row, mask=row_mask, other=0).to(tl.int64)
+    others = tl.load(rest + row, mask=row_mask, other=0.0)
+    own = tl.fma(tl.load(z_y + row, mask=row_mask, other=0.0), LOG2E, -tl.load(offset + row, mask=row_mask, other=0.0))
+    scale = logit_scale / (others + tl.exp2(own))
+    share = others * scale
+    if slope_y is not None:
+        share *= tl.load(slope_y + row, mask=row_mask, other=0.0)
+    row64 = row.to(tl.int64)[:, None]
+    known = mask & ((y >= 0) & (y < vocab))[:, None]
+    w = tl.load(weight + y[:, None] * weight_stride + inner[None, :], mask=known, other=0.0).to(tl.float32)
+    raw = tl.load(product + row64 * product_stride + inner[None, :], mask=mask, other=0.0)
+    value = tl.fma(share[:, None], w, -scale[:, None] * raw)
+    tl.store(out + row64 * out_stride + inner[None, :], value.to(out.dtype.element_ty), mask=mask)

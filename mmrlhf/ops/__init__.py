@@ -1,0 +1,27 @@
+"""The ops: log-probabilities, scores, betas and preference losses, and all of them in one pass over the vocabulary.
+
+`reference` is their definition in plain PyTorch; `backend` says which implementation runs an op, and why.
+"""
+
+from mmrlhf.ops import backend, reference
+from mmrlhf.ops.dynamic_beta import dynamic_beta, implicit_beta
+from mmrlhf.ops.fused import fused_preference_loss
+from mmrlhf.ops.linear_logp import linear_logp
+from mmrlhf.ops.loss_kinds import LOSS_KINDS
+from mmrlhf.ops.preference import preference_loss
+from mmrlhf.ops.reference import FusedPreferenceOutput, PreferenceOutput
+from mmrlhf.ops.sequence_score import sequence_score
+
+__all__ = [
+    "LOSS_KINDS",
+    "FusedPreferenceOutput",
+    "PreferenceOutput",
+    "backend",
+    "dynamic_beta",
+    "fused_preference_loss",
+    "implicit_beta",
+    "linear_logp",
+    "preference_loss",
+    "reference",
+    "sequence_score",
+]

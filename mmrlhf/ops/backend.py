@@ -1,0 +1,159 @@
+"""Which implementation runs an op, and why.
+
+`choose(op, *tensors)` is a pure function of the op, its tensors and what was asked for: an argument (`backend=`), else
+`with use_backend(name)`, else the environment variable MMRLHF_BACKEND, else the first usable row of `BACKENDS`.
+What is asked for and cannot run is a RuntimeError with the reason; what is chosen automatically is logged once.
+
+A backend is one row: its name, the ops it has, and a probe that says why it cannot take these tensors (None: it can).
+`reference` is never chosen automatically: it makes the whole [N, V] matrix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT = "MMRLHF_BACKEND"
+HEAD_OPS = ("linear_logp", "fused_preference_loss")
+KNOWN = ("cuda", "triton", "cpu", "torch", "reference")  # every name the project uses, built here or not
+
+_logger = logging.getLogger("mmrlhf.ops")
+_asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("mmrlhf_backend", default=None)
+_logged: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Choice:
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    ops: tuple[str, ...]
+    why: str  # the reason given when it is chosen automatically
+    refuse: Callable[[tuple[Tensor, ...]], str | None]  # why it cannot take these tensors
+    automatic: tuple[str, ...] = ("cpu", "cuda")  # types of device for which it may be chosen unasked
+    module: str = ""  # what runs it: the functions of `streaming`
+
+
+def _refuse_double(tensors: tuple[Tensor, ...]) -> str | None:
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "it computes in float32, not float64; mmrlhf.ops.reference is exact in float64"
+    return None
+
+
+def _refuse_triton(tensors: tuple[Tensor, ...]) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if tensors[0].device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its tensors must be on a CUDA device, not {tensors[0].device}"
+    return engine("triton").refuse(tensors)
+
+
+# In the order of preference: the first row that has the op and does not refuse the tensors is chosen.
+BACKENDS: tuple[Backend, ...] = (
+    Backend("triton", HEAD_OPS, "Triton kernels, on a CUDA device", _refuse_triton, ("cuda",), "mmrlhf.ops._triton"),
+    Backend(
+        "torch",
+        HEAD_OPS,
+        "streams over vocabulary blocks in PyTorch, on any device",
+        _refuse_double,
+        module="mmrlhf.ops.streaming",
+    ),
+    Backend("reference", HEAD_OPS, "", lambda tensors: None, automatic=()),
+)
+
+
+def available(op: str) -> tuple[str, ...]:
+    """Names of the backends of this build that have `op`, best first."""
+    return tuple(b.name for b in BACKENDS if op in b.ops)
+
+
+def engine(name: str) -> ModuleType:
+    """The module that runs backend `name`: forward, weight_grad, objective, row_bytes and Kept, as in `streaming`."""
+    return importlib.import_module(next(b.module for b in BACKENDS if b.name == name))
+
+
+def choose(op: str, *tensors: Tensor, requested: str | None = None) -> Choice:
+    """The backend that runs `op` on `tensors`, and the reason.
+
+    Raises ValueError for a name nobody knows, RuntimeError where what was asked for, or anything at all, cannot run.
+    """
+    name, by = _requested(requested)
+    if name is not None:
+        return _take(op, tensors, name, by)
+    refusals = []
+    for row in BACKENDS:
+        if op in row.ops and tensors[0].device.type in row.automatic:
+            refusal = row.refuse(tensors)
+            if refusal is None:
+                choice = Choice(row.name, row.why)
+                _log_once(op, choice)
+                return choice
+            refusals.append(f"{row.name}: {refusal}")
+    raise RuntimeError(f"no backend of this build runs {op}: " + ("; ".join(refusals) or "none has it"))
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Ask for a backend inside a `with` block, in this thread or task."""
+    _check_name(name, "use_backend")
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def requested(argument: str | None = None) -> str | None:
+    """The name asked for, by the argument, `use_backend` or the environment; None where the choice is free."""
+    return _requested(argument)[0]
+
+
+def _requested(argument: str | None) -> tuple[str | None, str]:
+    for name, by in (
+        (argument, "backend="),
+        (_asked.get(), "use_backend"),
+        (os.environ.get(ENVIRONMENT) or None, ENVIRONMENT),
+    ):
+        if name is not None:
+            _check_name(name, by)
+            return name, by
+    return None, ""
+
+
+def _check_name(name: str, by: str) -> None:
+    if name not in KNOWN:
+        raise ValueError(f"{by} must be one of {', '.join(KNOWN)}, got {name!r}")
+
+
+def _take(op: str, tensors: tuple[Tensor, ...], name: str, by: str) -> Choice:
+    have = available(op)
+    if name not in have:
+        raise RuntimeError(
+            f"backend {name!r} was asked for ({by}), but this build has no {name} backend for {op}; "
+            f"it has: {', '.join(have) or 'none'}"
+        )
+    row = next(b for b in BACKENDS if b.name == name)
+    refusal = row.refuse(tensors)
+    if refusal is not None:
+        raise RuntimeError(f"backend {name!r} was asked for ({by}), but cannot run {op} on these tensors: {refusal}")
+    return Choice(name, f"asked for by {by}")
+
+
+def _log_once(op: str, choice: Choice) -> None:
+    if (op, choice.name) not in _logged:
+        _logged.add((op, choice.name))
+        _logger.info("%s runs on backend %s: %s", op, choice.name, choice.reason)
