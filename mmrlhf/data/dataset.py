@@ -1,0 +1,147 @@
+"""PreferenceDataset: groups encoded once, tokens kept, pixels kept while there is room.
+
+Making it encodes every group: that gives each length (packing needs them) and finds every bad group before the first
+step rather than in the middle of a run. Token ids and weights stay in memory (compact); the processors' outputs, which
+are hundreds of times larger, stay in a cache of `cache_bytes` and are made again from the image when they were evicted.
+Under a DataLoader every worker has a cache of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmrlhf.data.encode import EncodedGroup, Encoder, TooLong
+from mmrlhf.data.readers import check_cap, summary
+from mmrlhf.data.schema import BadRow, PreferenceGroup
+
+logger = logging.getLogger(__name__)
+
+
+class PreferenceDataset:
+    """Groups as a map-style dataset of EncodedGroups.
+
+    Args:
+        groups: what `read_groups` returned; ids must differ.
+        encoder: how to encode them.
+        on_bad_row: "raise" stops at the first group that cannot be encoded; "skip" leaves it out. A group longer than
+            the encoder's `max_group_tokens` is always left out, whole. Both are in `dropped`, each with its reason.
+        max_bad_rows: share of the groups that may be left out; above it TooManyBadRows lists the reasons.
+        cache_bytes: for the processors' outputs.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[PreferenceGroup],
+        encoder: Encoder,
+        *,
+        on_bad_row: str = "raise",
+        max_bad_rows: float = 0.05,
+        cache_bytes: int = 1 << 30,
+    ):
+        if on_bad_row not in ("raise", "skip"):
+            raise ValueError(f"on_bad_row must be raise or skip, got {on_bad_row!r}")
+        if cache_bytes < 0:
+            raise ValueError(f"cache_bytes must be 0 or more, got {cache_bytes}")
+        self.encoder, self.cache_bytes = encoder, cache_bytes
+        self.groups: list[PreferenceGroup] = []
+        self.dropped: list[BadRow] = []
+        self._text: list[EncodedGroup] = []  # without vision, ids as int32
+        self._vision: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self._vision_bytes = 0
+        self._hashes: dict[int, str] = {}
+        seen: set[str] = set()
+        total = 0
+        for group in groups:
+            total += 1
+            if group.id in seen:
+                raise ValueError(f"two groups have the id {group.id!r}; ids name cache entries and must differ")
+            seen.add(group.id)
+            try:
+                encoded = encoder.encode(group)
+            except BadRow as error:
+                if on_bad_row == "raise" and not isinstance(error, TooLong):
+                    raise
+                self.dropped.append(error)
+                continue
+            self._keep_vision(len(self.groups), encoded.vision)
+            self.groups.append(group)
+            self._text.append(_compact(encoded))
+        check_cap(self.dropped, total, max_bad_rows, what="groups", where="encoding")
+        if self.dropped:
+            logger.warning("%d of %d groups left out:\n%s", len(self.dropped), total, summary(self.dropped))
+        if any(group.videos for group in self.groups):
+            logger.info("videos are encoded as %s", encoder.video_mode)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> EncodedGroup:
+        """Group `index`, its pixels from the cache or made again. Raises IndexError."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"group {index} of {len(self)}")
+        index %= len(self)
+        text = self._text[index]
+        vision = self._vision.get(index)
+        if vision is None:
+            vision = self.encoder.vision(self.groups[index]) if text.images else {}
+            self._keep_vision(index, vision)
+        else:
+            self._vision.move_to_end(index)
+        return replace(
+            text,
+            prefix_ids=text.prefix_ids.long(),
+            response_ids=tuple(r.long() for r in text.response_ids),
+            vision=vision,
+        )
+
+    def batch_items(self, indices: Sequence[int]) -> list[EncodedGroup]:
+        """The groups of one micro-batch, ready for `collate`."""
+        return [self[i] for i in indices]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each group: prefix and all its responses."""
+        return [text.num_tokens for text in self._text]
+
+    def num_pairs(self, index: int) -> int:
+        return self._text[index].num_pairs
+
+    def num_sft_tokens(self, index: int) -> int:
+        """Tokens of the better response, summed over the group's pairs."""
+        return self._text[index].num_sft_tokens
+
+    def row_hash(self, index: int) -> str:
+        """Changes when the group's texts, preferences or image bytes change, or any setting that encodes them."""
+        if index not in self._hashes:
+            self._hashes[index] = self.encoder.row_hash(self.groups[index])
+        return self._hashes[index]
+
+    def _keep_vision(self, index: int, vision: dict[str, Tensor]) -> None:
+        size = _bytes(vision)
+        if not size or size > self.cache_bytes:
+            return
+        self._vision[index] = vision
+        self._vision_bytes += size
+        while self._vision_bytes > self.cache_bytes:
+            _, oldest = self._vision.popitem(last=False)
+            self._vision_bytes -= _bytes(oldest)
+
+
+def _bytes(vision: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in vision.values())
+
+
+def _compact(encoded: EncodedGroup) -> EncodedGroup:
+    """Without vision, token ids in 4 bytes."""
+    return replace(
+        encoded,
+        prefix_ids=encoded.prefix_ids.to(torch.int32),
+        response_ids=tuple(r.to(torch.int32) for r in encoded.response_ids),
+        vision={},
+    )

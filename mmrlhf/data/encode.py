@@ -1,0 +1,311 @@
+"""PreferenceGroup -> EncodedGroup: tokens, segment weights, pairs and pixels of one group.
+
+The processor sees each prompt once, with its images: the placeholders it expands are the prefix's image tokens, and
+whatever else it returns (pixel_values, image_grid_thw, image_sizes …) is carried as it is. Responses follow as plain
+tokens. A group too long is dropped whole: no cut ever goes through an image or an answer.
+
+With segments, a token's weight belongs to a pair: a response that is corrected in one way against one rival and in
+another way against the next is repeated, once for each set of weights, so that every pair keeps its own. With two
+responses, or with explicit segments, nothing is repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrlhf.data.chat import Answer, Chat
+from mmrlhf.data.images import (
+    MAX_PIXELS,
+    MAX_VIDEO_BYTES,
+    frame_names,
+    image_bytes,
+    open_image,
+    open_inside,
+    open_video,
+)
+from mmrlhf.data.schema import PAIR_MODES, BadRow, ImageRef, Message, PairMode, Part, PreferenceGroup, VideoRef
+from mmrlhf.data.segments import STYLES, segment_weights, weights_from_characters
+
+
+class TooLong(BadRow):
+    """A group with more than `max_group_tokens` tokens; dropped whole."""
+
+
+@dataclass(frozen=True)
+class EncodedGroup:
+    """One group as CPU tensors. A slot is a response with its weights: S slots, p pairs of slots."""
+
+    id: str
+    prefix_ids: Tensor  # [L] int64, image tokens included
+    response_ids: tuple[Tensor, ...]  # S of [n] int64, end of turn included
+    weights: tuple[Tensor, ...]  # S of [n] float32
+    responses: tuple[int, ...]  # S indices into the group's responses
+    pairs: Tensor  # [p, 2] int64, (better, worse) as slots
+    margin: Tensor  # [p] float32, NaN where there is none
+    aligned: dict[str, Tensor] = field(default_factory=dict)  # name -> [L], token types of the prefix
+    vision: dict[str, Tensor] = field(default_factory=dict)  # the processor's other outputs
+    images: int = 0  # images and videos together
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens through the decoder: prefix and all slots."""
+        return self.prefix_ids.numel() + sum(r.numel() for r in self.response_ids)
+
+    @property
+    def num_pairs(self) -> int:
+        return self.pairs.shape[0]
+
+    @property
+    def num_sft_tokens(self) -> int:
+        """Tokens of the better response, summed over the pairs."""
+        return sum(self.response_ids[better].numel() for better in self.pairs[:, 0].tolist())
+
+    @property
+    def vision_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.vision.values())
+
+
+class Encoder:
+    """Turns groups into tensors with one processor and one set of settings.
+
+    Args:
+        processor: a transformers processor with a chat template (a bare tokenizer will do for text).
+        root: folder that image and video paths are relative to; nothing outside it is opened.
+        pairs: "all", "adjacent" or "best_vs_rest", see PreferenceGroup.preference_pairs.
+        segments: "paper", "muffin", or None: every token weighs 1. Explicit `Response.segments` go before the diff.
+        gamma: weight of a token in a corrected segment.
+        max_group_tokens: a longer group raises TooLong.
+        max_image_pixels: an image with more raises BadRow before it is decoded.
+        video_frames: frames taken from a video, evenly spaced.
+        videos: "native" gives them to the processor's video side, "frames" as that many images; "auto" is native
+            where the processor has a video side that can run (it needs torchvision), which `video_mode` tells.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        root: str | Path,
+        pairs: PairMode = "all",
+        segments: str | None = None,
+        gamma: float = 1.0,
+        max_group_tokens: int = 8192,
+        max_image_pixels: int = MAX_PIXELS,
+        video_frames: int = 8,
+        videos: str = "auto",
+    ):
+        if pairs not in PAIR_MODES:
+            raise ValueError(f"pairs must be one of {', '.join(PAIR_MODES)}, got {pairs!r}")
+        if segments is not None and segments not in STYLES:
+            raise ValueError(f"segments must be None or one of {', '.join(STYLES)}, got {segments!r}")
+        if not (gamma > 0 and math.isfinite(gamma)):
+            raise ValueError(f"gamma must be finite and positive, got {gamma!r}")
+        for name, value in (("max_group_tokens", max_group_tokens), ("video_frames", video_frames)):
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if videos not in ("auto", "native", "frames"):
+            raise ValueError(f"videos must be auto, native or frames, got {videos!r}")
+        self.processor, self.chat, self.root = processor, Chat(processor), Path(root)
+        self.pairs, self.segments, self.gamma = pairs, segments, float(gamma)
+        self.max_group_tokens, self.max_image_pixels = max_group_tokens, max_image_pixels
+        self.video_frames = video_frames
+        self.video_mode = _video_mode(processor) if videos == "auto" else videos
+
+    def encode(self, group: PreferenceGroup) -> EncodedGroup:
+        """The group as CPU tensors. Raises BadRow (TooLong) for the group, ValueError for an unusable template."""
+        source = group.source or group.id
+        listed = group.preference_pairs(self.pairs)
+        if not listed:
+            raise BadRow(source, "no preference pair: all responses are tied")
+        prefix_ids, aligned, vision, messages, prompt = self._prefix(group)
+        frame = self.chat.frame(messages, prompt)
+        answers: dict[int, Answer] = {}
+        for index in sorted({i for p in listed for i in (p.better, p.worse)}):
+            response = group.responses[index]
+            if not response.text.strip():
+                raise BadRow(source, f"response {index} is empty")
+            wanted = self.segments is not None and response.segments is not None
+            answers[index] = self.chat.answer(frame, response.text, source, offsets=wanted)
+        slots, pairs = self._slots(group, listed, answers)
+        encoded = EncodedGroup(
+            id=group.id,
+            prefix_ids=prefix_ids,
+            response_ids=tuple(torch.tensor(answers[index].ids, dtype=torch.int64) for index, _ in slots),
+            weights=tuple(torch.tensor(weights, dtype=torch.float32) for _, weights in slots),
+            responses=tuple(index for index, _ in slots),
+            pairs=torch.tensor(pairs, dtype=torch.int64).view(-1, 2),
+            margin=torch.tensor([math.nan if p.margin is None else p.margin for p in listed], dtype=torch.float32),
+            aligned=aligned,
+            vision=vision,
+            images=len(group.images) + len(group.videos),
+        )
+        if encoded.num_tokens > self.max_group_tokens:
+            raise TooLong(
+                source,
+                f"too long: {encoded.num_tokens} tokens ({prefix_ids.numel()} of them prompt and images), "
+                f"max_group_tokens is {self.max_group_tokens}",
+            )
+        return encoded
+
+    def vision(self, group: PreferenceGroup) -> dict[str, Tensor]:
+        """Only the processor's vision outputs of a group (when its tokens are known already)."""
+        return self._prefix(group)[2]
+
+    def _slots(self, group: PreferenceGroup, listed: Sequence, answers: dict[int, Answer]):
+        """Responses with their weights, each distinct (response, weights) once in order of response; pairs of them."""
+        needed: list[tuple[tuple[int, tuple[float, ...]], tuple[int, tuple[float, ...]]]] = []
+        for pair in listed:
+            better, worse = answers[pair.better].ids, answers[pair.worse].ids
+            if self.segments is None:
+                w_better, w_worse = [1.0] * len(better), [1.0] * len(worse)
+            else:
+                w_worse, w_better = segment_weights(worse, better, gamma=self.gamma, style=self.segments)
+                w_better = self._explicit(group, pair.better, answers) or w_better
+                w_worse = self._explicit(group, pair.worse, answers) or w_worse
+            needed.append(((pair.better, tuple(w_better)), (pair.worse, tuple(w_worse))))
+        slots = sorted(dict.fromkeys(slot for pair in needed for slot in pair), key=lambda slot: slot[0])
+        number = {slot: index for index, slot in enumerate(slots)}
+        return slots, [(number[better], number[worse]) for better, worse in needed]
+
+    def _explicit(self, group: PreferenceGroup, index: int, answers: dict[int, Answer]) -> list[float] | None:
+        segments = group.responses[index].segments
+        if segments is None:
+            return None
+        offsets = answers[index].offsets
+        if offsets is None:
+            raise ValueError(f"segments given as characters need a fast tokenizer, not {type(self.chat.tokenizer)}")
+        return weights_from_characters(offsets, segments, gamma=self.gamma)
+
+    def _prefix(self, group: PreferenceGroup):
+        """Prefix ids [L], aligned outputs, vision outputs, the messages as encoded, and the prompt's text."""
+        source = group.source or group.id
+        counted = {kind: sum(p.type == kind for m in group.prompt for p in m.content) for kind in ("image", "video")}
+        for kind, given in (("image", group.images), ("video", group.videos)):
+            if counted[kind] != len(given):
+                raise BadRow(source, f"{counted[kind]} {kind} placeholders for {len(given)} {kind}s")
+        if self.chat.text_only and (group.images or group.videos):
+            raise BadRow(source, f"{type(self.processor).__name__} is a tokenizer and takes no images or videos")
+        messages, images, videos = self._media(group, source)
+        prompt = self.chat.prompt(group, messages)
+        words: dict[str, Any] = {}
+        if images:
+            words["images"] = [images]
+        if videos:
+            words.update(videos=[videos], videos_kwargs={"do_sample_frames": False})
+        bos = self.chat.tokenizer.bos_token
+        if bos and prompt.startswith(bos):
+            words["add_special_tokens"] = False  # the template wrote it; the tokenizer would add another
+        try:
+            made = dict(self.processor(text=[prompt], return_tensors="pt", **words))
+        except (ValueError, TypeError, IndexError, KeyError, RuntimeError, ZeroDivisionError) as error:
+            raise BadRow(source, f"{type(self.processor).__name__}: {type(error).__name__}: {error}") from error
+        ids = made.pop("input_ids")  # [1, L]
+        made.pop("attention_mask", None)
+        aligned = {k: made.pop(k)[0] for k in list(made) if k.endswith("type_ids") and made[k].shape == ids.shape}
+        self.chat.check_prefix(ids[0, -1:].tolist(), prompt)
+        vision = {}
+        for key, value in made.items():
+            if not isinstance(value, Tensor):
+                raise BadRow(source, f"{type(self.processor).__name__} returned {key} as {type(value).__name__}")
+            vision[key] = value
+        return ids[0], aligned, vision, messages, prompt
+
+    def _media(self, group: PreferenceGroup, source: str):
+        """Messages as the template should see them, and the pictures and videos in the order of their parts."""
+        pictures = iter(group.images)
+        clips = iter(group.videos)
+        images: list[Any] = []
+        videos: list[Any] = []
+        messages = []
+        for message in group.prompt:
+            parts: list[Part] = []
+            for part in message.content:
+                if part.type == "image":
+                    ref = next(pictures)
+                    images.append(open_image(ref, self.root, max_pixels=self.max_image_pixels, source=source))
+                elif part.type == "video":
+                    frames = open_video(
+                        next(clips),
+                        self.root,
+                        frames=self.video_frames,
+                        max_pixels=self.max_image_pixels,
+                        source=source,
+                    )
+                    if self.video_mode == "frames":
+                        images.extend(frames)
+                        parts.extend([Part("image")] * len(frames))
+                        continue
+                    videos.append(frames)
+                parts.append(part)
+            messages.append(Message(message.role, tuple(parts)))
+        return messages, images, videos
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything here that changes tokens, pixels, weights or pairs."""
+        tokenizer = self.chat.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts: dict[str, Any] = {
+            "processor": type(self.processor).__name__,
+            "template": self.chat.template,
+            "tokenizer": backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+            "settings": [self.pairs, self.segments, self.gamma, self.max_image_pixels, self.video_frames],
+            "videos": self.video_mode,
+        }
+        for name in ("image_processor", "video_processor"):
+            part = getattr(self.processor, name, None)
+            if part is not None:  # the class names the backend: PIL and torchvision give different pixels
+                state = part.to_dict() if hasattr(part, "to_dict") else {}
+                parts[name] = [type(part).__name__, state]
+        plain = {k: v for k, v in vars(self.processor).items() if isinstance(v, (int, float, str, bool))}
+        parts["processor settings"] = plain
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def row_hash(self, group: PreferenceGroup) -> str:
+        """Hash of a group's texts and preferences, its image bytes, and these settings; opens its files."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        content = [group.id, group.prompt, group.responses, group.preference_pairs(self.pairs)]
+        digest.update(repr(content).encode("utf-8", "surrogatepass"))
+        for ref in group.images:
+            digest.update(hashlib.sha256(image_bytes(ref, self.root, source=group.source)).digest())
+        for video in group.videos:
+            digest.update(_video_digest(video.path, self.root, group.source))
+        return digest.hexdigest()
+
+
+def _video_digest(path: str, root: Path, source: str) -> bytes:
+    """Names and bytes of the frames of a directory, or the bytes of a file."""
+    digest = hashlib.sha256(path.encode())
+    names = frame_names(VideoRef(path), root, source=source)
+    if names is not None:
+        for name in names:
+            digest.update(name.encode() + image_bytes(ImageRef(path=name), root, source=source))
+        return digest.digest()
+    with open_inside(path, root, max_bytes=MAX_VIDEO_BYTES, source=source) as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    return digest.digest()
+
+
+def _video_mode(processor: Any) -> str:
+    """ "native" if the processor's video side is a real one (they need torchvision), else "frames"."""
+    side = getattr(processor, "video_processor", None)
+    if side is None:
+        return "frames"
+    from transformers.utils import is_torchvision_available
+
+    if not is_torchvision_available():
+        return "frames"
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    return "native" if isinstance(side, BaseVideoProcessor) else "frames"

@@ -1,0 +1,57 @@
+"""The plan of an epoch: which groups make which optimiser step, and which of them share a micro-batch.
+
+Pure: the same lengths, settings, seed and epoch give the same plan on every machine, so a resumed run needs only the
+number of the step it stopped at. The order comes from hashing (seed, epoch, index), which no library version changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+Step = list[list[int]]  # micro-batches of dataset indices
+
+
+def plan_epoch(
+    lengths: Sequence[int], *, groups_per_step: int, tokens_per_batch: int, seed: int, epoch: int
+) -> list[Step]:
+    """Every index once, in steps of `groups_per_step` (the last step takes what is left).
+
+    Inside a step, groups go largest first into the first micro-batch with room, so that the step's largest memory need
+    comes first. A micro-batch holds at most `tokens_per_batch` tokens; a group longer than that is alone in its own.
+    Raises ValueError for a setting below 1 or an empty group.
+    """
+    for name, value in (("groups_per_step", groups_per_step), ("tokens_per_batch", tokens_per_batch)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if any(length < 1 for length in lengths):
+        raise ValueError("lengths must be positive")
+    order = sorted(range(len(lengths)), key=lambda index: _ticket(seed, epoch, index))
+    steps = [order[at : at + groups_per_step] for at in range(0, len(order), groups_per_step)]
+    return [_pack(step, lengths, tokens_per_batch) for step in steps]
+
+
+def _ticket(seed: int, epoch: int, index: int) -> bytes:
+    return hashlib.blake2b(f"{seed}:{epoch}:{index}".encode(), digest_size=16).digest()
+
+
+def _pack(indices: Sequence[int], lengths: Sequence[int], tokens_per_batch: int) -> Step:
+    """First-fit decreasing: within 11/9 of the fewest micro-batches possible."""
+    batches: Step = []
+    room: list[int] = []
+    for index in sorted(indices, key=lambda i: -lengths[i]):  # stable: equal lengths keep the shuffled order
+        fit = next((b for b, left in enumerate(room) if lengths[index] <= left), None)
+        if fit is None:
+            batches.append([index])
+            room.append(tokens_per_batch - lengths[index])
+        else:
+            batches[fit].append(index)
+            room[fit] -= lengths[index]
+    return batches
+
+
+def utilisation(plan: Sequence[Step], lengths: Sequence[int], tokens_per_batch: int) -> float:
+    """Share of the micro-batches' token budget that is used, in [0, 1] (a longer group counts as one full budget)."""
+    batches = [batch for step in plan for batch in step]
+    used = sum(min(sum(lengths[i] for i in batch), tokens_per_batch) for batch in batches)
+    return used / (len(batches) * tokens_per_batch) if batches else 0.0

@@ -1,0 +1,72 @@
+"""plan_epoch: pure, complete, within its budget."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmrlhf.data.packing import plan_epoch, utilisation
+
+
+@given(
+    st.lists(st.integers(1, 100), max_size=60),
+    st.integers(1, 20),
+    st.integers(1, 150),
+    st.integers(0, 5),
+    st.integers(0, 5),
+)
+def test_every_group_once_and_no_batch_over_budget(lengths, per_step, budget, seed, epoch):
+    plan = plan_epoch(lengths, groups_per_step=per_step, tokens_per_batch=budget, seed=seed, epoch=epoch)
+    assert sorted(i for step in plan for batch in step for i in batch) == list(range(len(lengths)))
+    assert [sum(map(len, step)) for step in plan[:-1]] == [per_step] * (len(plan) - 1)
+    for step in plan:
+        firsts = [lengths[batch[0]] for batch in step]
+        assert firsts == sorted(firsts, reverse=True)
+        for batch in step:
+            assert batch
+            assert sum(lengths[i] for i in batch) <= budget or len(batch) == 1
+    assert 0.0 <= utilisation(plan, lengths, budget) <= 1.0
+
+
+def test_the_plan_depends_on_seed_and_epoch_only():
+    lengths = list(range(1, 40))
+    settings = {"groups_per_step": 8, "tokens_per_batch": 64}
+    plan = plan_epoch(lengths, **settings, seed=0, epoch=0)
+    assert plan == plan_epoch(tuple(lengths), **settings, seed=0, epoch=0)
+    assert plan != plan_epoch(lengths, **settings, seed=1, epoch=0)
+    assert plan != plan_epoch(lengths, **settings, seed=0, epoch=1)
+
+
+def test_the_order_never_changes_between_versions():
+    plan = plan_epoch([1] * 8, groups_per_step=8, tokens_per_batch=8, seed=0, epoch=0)
+    assert plan == [[ORDER]]
+
+
+ORDER = [4, 1, 5, 0, 2, 7, 3, 6]
+
+
+def test_first_fit_decreasing_fills_batches():
+    plan = plan_epoch([6, 4, 5, 5, 3, 7], groups_per_step=6, tokens_per_batch=10, seed=0, epoch=0)
+    assert len(plan[0]) == 3
+    assert utilisation(plan, [6, 4, 5, 5, 3, 7], 10) == 1.0
+    assert utilisation([], [], 10) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "change", "message"),
+    [
+        ([1], {"groups_per_step": 0}, "groups_per_step must be positive, got 0"),
+        ([1], {"tokens_per_batch": -1}, "tokens_per_batch must be positive, got -1"),
+        ([1, 0], {}, "lengths must be positive"),
+    ],
+)
+def test_bad_arguments_are_named(lengths, change, message):
+    settings = {"groups_per_step": 2, "tokens_per_batch": 8, "seed": 0, "epoch": 0} | change
+    with pytest.raises(ValueError, match=message):
+        plan_epoch(lengths, **settings)
+
+
+def test_d19_fewer_groups_than_a_step():
+    assert plan_epoch([], groups_per_step=4, tokens_per_batch=8, seed=0, epoch=0) == []
+    assert len(plan_epoch([5], groups_per_step=4, tokens_per_batch=8, seed=0, epoch=0)) == 1
