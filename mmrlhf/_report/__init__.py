@@ -1,0 +1,1 @@
+"""Template and curves of `mmrlhf.report`."""

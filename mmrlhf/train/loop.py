@@ -1,0 +1,97 @@
+"""The training loop, to be read from top to bottom.
+
+A step takes `groups_per_step` groups in micro-batches of at most `tokens_per_batch` tokens; the loss of each is
+normalised by the totals of the step, so how the step is cut changes nothing. A step whose loss or gradient is not
+finite leaves weights and moments as they were. SIGTERM ends the run after its step, saved, with exit code 143.
+Resuming is exact: the order of the data follows from seed and step, all else lies in the checkpoint.
+
+What comes before the first step is `prepare`. Not covered: several processes; evaluation; the report (the command line
+writes it).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from mmrlhf.config import TrainConfig
+from mmrlhf.models import load
+from mmrlhf.train import resume, setup
+from mmrlhf.train.feed import feed
+from mmrlhf.train.metrics import MetricsLog, ProgressBar, tracker_starters
+from mmrlhf.train.objective import Tally, Totals
+from mmrlhf.train.optim import learning_rate
+from mmrlhf.train.preempt import Preemption
+from mmrlhf.train.prepare import prepare
+from mmrlhf.train.run import RunFolder
+from mmrlhf.train.scoring import response_rows
+from mmrlhf.train.state import flat_settings
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite. The weights are those of the last good one."""
+
+
+def train(settings: TrainConfig, *, model: Any = None, processor: Any = None) -> Path:
+    """Train as the settings say and return the run folder, `settings.output`.
+
+    `model` and `processor`, if given, are used instead of what `settings.model.path` names (the model is trained in
+    place). Raises ValueError for settings, data or a folder that cannot be used, BadRow for data, CheckpointError,
+    NonFiniteError, OSError if the last save fails, and Preempted (a SystemExit) after a signal.
+    """
+    setup.single_process()
+    with RunFolder(settings) as run, Preemption() as preemption:
+        trackers = tracker_starters(settings.trackers, run.path, flat_settings(settings))
+        ready = prepare(settings, run, preemption, model, processor)
+        model, plan, optimizer, progress = ready.model, ready.plan, ready.optimizer, ready.progress
+        head = load.lm_head(model)
+        steps = range(progress.step, plan.total)
+        jobs = (indices for step in steps for indices in plan[step])
+        model.train()
+        with (
+            closing(optimizer),
+            closing(feed(jobs, ready.make_batch, workers=settings.data.workers)) as batches,
+            MetricsLog(run.path / "metrics.jsonl", trackers=trackers, resume_step=progress.step) as log,
+            ProgressBar(progress.step, plan.total) as bar,
+        ):
+            for step in steps:
+                started = time.perf_counter()
+                totals = Totals.of(ready.dataset, plan[step])
+                tally = Tally(totals, tokens_per_batch=settings.tokens_per_batch)
+                optimizer.zero_grad()
+                for _ in plan[step]:
+                    batch, hidden = response_rows(model, next(batches), share_prefix=ready.share_prefix)
+                    out = ready.objective(hidden, head, batch, totals)
+                    out.loss.backward()
+                    tally.add(out, batch)
+
+                numbers = tally.read(optimizer.grad_norm())
+                rate = learning_rate(step, plan.total, settings.optim)
+                good = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
+                if good:
+                    optimizer.step(lr=rate, grad_norm=numbers["grad_norm"])
+                progress.count(good=good, tokens=tally.tokens)
+
+                if progress.step % settings.log_every == 0 or progress.step == plan.total or not good:
+                    place = {"step": progress.step, "epoch": progress.step / plan.steps_per_epoch}
+                    rest = {"learning_rate": rate, "skipped_steps": progress.skipped}
+                    log.log(place | numbers | tally.counts() | rest | {"seconds": time.perf_counter() - started})
+                bar.show(numbers)
+                if progress.skipped_in_a_row >= settings.max_bad_steps:
+                    raise NonFiniteError(
+                        f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; the "
+                        f"last: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}, groups {tally.names()}"
+                    )
+                if settings.save_every and progress.step % settings.save_every == 0:
+                    resume.save_or_warn(run, ready, settings)
+                if preemption.requested is not None:
+                    resume.save(run, ready, settings)
+                    preemption.check()
+
+        resume.save(run, ready, settings)
+        setup.save_model(model, ready.processor, run)
+        ready.samples.after(model, ready.processor)
+        return run.path

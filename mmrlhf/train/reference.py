@@ -1,0 +1,173 @@
+"""Reference log-probabilities: computed once, by the model as it starts, and kept on disk token by token.
+
+    reference/<first 16 digits of the key>/<shard key>.safetensors     {"0": [n_0], "1": [n_1], …}  float32, nats
+
+The reference is the model before training, so no second copy of it is ever in memory. A shard holds up to SHARD_GROUPS
+consecutive groups, always computed in the same batches, so a run that was killed halfway ends with bitwise the same
+numbers. Its name is a hash over everything the numbers depend on: weights, library versions, batch plan, and each
+group's text, pictures, processor (image backend included) and encoding. Another key is another file: nothing stale can
+be read.
+
+Not covered: several machines filling one cache together.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrlhf.batch import GroupBatch
+from mmrlhf.train.files import FileSystem, safetensors_chunks, write_atomic
+from mmrlhf.train.state import fingerprint, text_fingerprint, versions
+
+SHARD_GROUPS = 256  # lost at most by a kill
+_FORMAT = "1"  # of the shards; part of the key
+_LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
+
+
+@dataclass(frozen=True)
+class ReferenceScores:
+    """The cache of one data set: `scores[i]` is [n_i] float32, nats, the response tokens of group i in batch order."""
+
+    folder: Path
+    key: str  # 64 hex digits
+    tokens: tuple[Tensor, ...]
+    reused: int  # shards read from the disk
+    computed: int  # shards computed now
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.tokens[index]
+
+    def attach(self, batch: GroupBatch, indices: Sequence[int]) -> GroupBatch:
+        """The batch of these groups, in this order, with its `reference_logp` [N]."""
+        reference_logp = torch.cat([self.tokens[index] for index in indices])
+        if reference_logp.numel() != batch.num_scored:
+            raise RuntimeError(
+                f"the reference of groups {', '.join(batch.ids)} has {reference_logp.numel()} tokens, "
+                f"the batch scores {batch.num_scored}"
+            )
+        return batch.replace(reference_logp=reference_logp)
+
+
+def cache_reference(
+    score: Callable[[GroupBatch], Tensor],  # batch on the CPU -> [N] log-probabilities
+    make_batch: Callable[[Sequence[int]], GroupBatch],
+    dataset: Any,  # PreferenceDataset
+    folder: Path,
+    *,
+    key: str,
+    tokens_per_batch: int,
+    between: Callable[[], None] = lambda: None,
+    fs: FileSystem | None = None,
+) -> ReferenceScores:
+    """Read what the cache has, compute and write what it lacks.
+
+    `key` stands for the model (see `reference_key`); data and processor are added here, row by row. `between` runs
+    after every batch and may raise to stop; whole shards stay. Raises ValueError naming the group if the model gives a
+    log-probability that is not finite.
+    """
+    from tqdm import tqdm
+
+    fs = fs or FileSystem()
+    place = folder / key[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    tokens: list[Tensor] = []
+    reused = computed = 0
+    shards = [range(at, min(at + SHARD_GROUPS, len(dataset))) for at in range(0, len(dataset), SHARD_GROUPS)]
+    with tqdm(total=len(dataset), desc="reference", unit="group", leave=False, disable=None) as bar:
+        for shard in shards:
+            rows = [dataset.row_hash(index) for index in shard]
+            shard_key = text_fingerprint(key, str(tokens_per_batch), *rows)
+            path = place / f"{shard_key[:32]}.safetensors"
+            found = _read(path, shard_key, len(shard))
+            if found is None:
+                found = []
+                for indices in _batches(shard, dataset.lengths, tokens_per_batch):
+                    found.extend(_score_groups(score, make_batch(indices)))
+                    bar.update(len(indices))
+                    between()
+                _write(path, shard_key, found, fs)
+                computed += 1
+            else:
+                reused += 1
+                bar.update(len(shard))
+            tokens.extend(found)
+    return ReferenceScores(place, key, tuple(tokens), reused, computed)
+
+
+def _batches(indices: Iterable[int], lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Consecutive groups up to the token budget; a longer group goes alone."""
+    batches: list[list[int]] = []
+    filled = 0
+    for index in indices:
+        if not batches or filled + lengths[index] > tokens_per_batch:
+            batches.append([])
+            filled = 0
+        batches[-1].append(index)
+        filled += lengths[index]
+    return batches
+
+
+def _score_groups(score: Callable[[GroupBatch], Tensor], batch: GroupBatch) -> list[Tensor]:
+    """One [n] tensor a group of the batch."""
+    sizes = [0] * batch.num_groups
+    for length, group in zip(batch.response_len.tolist(), batch.response_group.tolist(), strict=True):
+        sizes[group] += length
+    groups = list(score(batch).detach().to("cpu", torch.float32).split(sizes))
+    for name, values in zip(batch.ids, groups, strict=True):
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"group {name}: the starting model gives log-probabilities that are not finite")
+    return [values.clone() for values in groups]
+
+
+def _write(path: Path, shard_key: str, groups: Sequence[Tensor], fs: FileSystem) -> None:
+    tensors = {str(position): values for position, values in enumerate(groups)}
+    metadata = {"key": shard_key, "content": fingerprint(tensors)}
+    write_atomic(path, safetensors_chunks(tensors, metadata=metadata), fs=fs)
+
+
+def _read(path: Path, shard_key: str, count: int) -> list[Tensor] | None:
+    """The groups of a shard, or None if it is not there or not whole (which is said)."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        warnings.warn(f"{path} is damaged ({error}); it is computed again", stacklevel=2)
+        return None
+    names = [str(position) for position in range(count)]
+    if (
+        metadata.get("key") != shard_key
+        or metadata.get("content") != fingerprint(tensors)
+        or set(names) != set(tensors)
+    ):
+        warnings.warn(f"{path} does not hold what its name says; it is computed again", stacklevel=2)
+        return None
+    return [tensors[name] for name in names]
+
+
+def reference_key(model: torch.nn.Module, *, share_prefix: bool) -> str:
+    """A hash over the weights and the libraries that run them; the processor is in every group's `row_hash`."""
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    libraries = {name: version for name, version in versions().items() if name in _LIBRARIES}
+    return text_fingerprint(
+        _FORMAT,
+        type(model).__qualname__,
+        fingerprint(weights),
+        json.dumps(libraries, sort_keys=True),
+        f"share_prefix={share_prefix}",
+    )

@@ -1,0 +1,151 @@
+"""Going on where a run stopped: what is saved, what is compared, and what is put back.
+
+A checkpoint has the weights (LoRA: the adapters alone), AdamW's state, and in state.json the number of steps done,
+the counters, every random generator, the settings, and hashes of the data and of the starting weights. The order of the
+data follows from the seed and the step. Resuming with other settings, data or starting weights is refused with a list
+of what differs, unless `resume_changed` says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mmrlhf.config import TrainConfig
+from mmrlhf.train import checkpoint
+from mmrlhf.train.checkpoint import Checkpoint
+from mmrlhf.train.optim import Optimizer
+from mmrlhf.train.run import RunFolder
+from mmrlhf.train.state import differences, flat_settings, restore_rng, rng_state, seed_everything, versions
+
+if TYPE_CHECKING:
+    from mmrlhf.train.prepare import Ready
+
+
+@dataclass
+class Progress:
+    """How far the run is; all of it goes into state.json."""
+
+    step: int = 0  # optimiser steps done, skipped ones included
+    skipped: int = 0  # of these, the ones whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    tokens: int = 0  # through the decoder
+    saved: int = -1  # step of the newest checkpoint
+
+    def count(self, *, good: bool, tokens: int) -> None:
+        """One more step."""
+        self.step += 1
+        self.tokens += tokens
+        self.skipped += not good
+        self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
+
+
+def find(run: RunFolder, settings: TrainConfig) -> Checkpoint | None:
+    """The newest whole checkpoint of the run folder, or None where a run is to start.
+
+    Raises CheckpointError if there are checkpoints and none is whole, ValueError if there is one and `resume` is off.
+    """
+    if not settings.resume:
+        if checkpoint.listed(run.checkpoints):
+            raise ValueError(
+                f"resume is false, but {run.path} already has checkpoints: choose another output, or remove them"
+            )
+        return None
+    path, skipped = checkpoint.latest(run.checkpoints)
+    for each, reason in skipped:
+        run.note(f"checkpoint {each.name} is skipped: {reason}")
+    if path is None:
+        return None
+    found = checkpoint.load(path)
+    run.facts["resumed_from"] = path.name
+    run.note(f"resuming from {path.name}")
+    return found
+
+
+def check_same(found: Checkpoint, settings: TrainConfig, run: RunFolder, *, hashes: Mapping[str, str]) -> None:
+    """Raise ValueError listing the differences to the checkpoint, or note them if `resume_changed` is set."""
+    changed = differences(found.state["settings"], flat_settings(settings))
+    for name, now in hashes.items():
+        before = found.state["hashes"].get(name)
+        if before != now:
+            changed.append(f"{name}: hash {str(before)[:12]} -> {now[:12]}")
+    if not changed:
+        return
+    if not settings.resume_changed:
+        raise ValueError(
+            f"{found.path} belongs to a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nPut them back, choose another output, or set resume_changed=true to go on all the same"
+        )
+    for line in changed:
+        run.note(f"resumed with a change: {line}")
+
+
+def restore(found: Checkpoint | None, model: nn.Module, optimizer: Optimizer, settings: TrainConfig) -> Progress:
+    """Weights, optimiser state and random generators of the checkpoint, or the seed where there is none."""
+    if found is None:
+        seed_everything(settings.seed)
+        return Progress()
+    saved = saved_tensors(model, adapters_only=settings.lora.enabled)
+    if set(saved) != set(found.model):
+        odd = sorted(set(saved) ^ set(found.model))
+        raise ValueError(f"{found.path} does not fit the model: {len(odd)} tensors differ, for example {odd[0]}")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            if tensor.shape != found.model[name].shape:
+                raise ValueError(
+                    f"{found.path} does not fit the model: {name} is {tuple(found.model[name].shape)} there and "
+                    f"{tuple(tensor.shape)} here"
+                )
+            tensor.copy_(found.model[name])
+    optimizer.load_state(found.optimizer)
+    restore_rng(found.state["rng"])
+    return Progress(**found.state["progress"])
+
+
+def saved_tensors(model: nn.Module, *, adapters_only: bool) -> dict[str, Tensor]:
+    """What model.safetensors holds: parameters (a tied one once) and lasting buffers, or the trained ones alone."""
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or not adapters_only}
+    if adapters_only:
+        return parameters
+    lasting = set(model.state_dict(keep_vars=True))
+    return parameters | {name: buffer for name, buffer in model.named_buffers() if name in lasting}
+
+
+def save(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:
+    """Write a checkpoint of this moment, unless it has one, and drop the oldest. Raises OSError if the disk fails."""
+    progress = ready.progress
+    if progress.saved == progress.step:
+        return
+    checkpoint.save(
+        run.checkpoints,
+        progress.step,
+        model=saved_tensors(ready.model, adapters_only=settings.lora.enabled),
+        optimizer=ready.optimizer.state(),
+        state={
+            "progress": dataclasses.asdict(progress) | {"saved": progress.step},
+            "rng": rng_state(),
+            "settings": flat_settings(settings),
+            "hashes": ready.hashes,
+            "versions": versions(),
+        },
+        fs=run.fs,
+    )
+    progress.saved = progress.step
+    run.facts.update(steps=progress.step, skipped_steps=progress.skipped, tokens=progress.tokens)
+    run.write()
+    checkpoint.prune(run.checkpoints, keep_last=settings.keep_last, fs=run.fs)
+
+
+def save_or_warn(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:
+    """The same for a save in the middle of a run: a full disk is told about and counted, and the run goes on."""
+    try:
+        save(run, ready, settings)
+    except OSError as error:
+        run.facts["failed_saves"] = run.facts.get("failed_saves", 0) + 1
+        run.note(f"step {ready.progress.step} is not saved: {error}. The checkpoints before it are as they were")
