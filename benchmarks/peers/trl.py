@@ -26,3 +26,11 @@ def version() -> str:
     import trl
 
     return trl.__version__
+
+
+def missing() -> str | None:
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: F401
+    except ImportError as error:
+        return f"no TRL with trl.kernels.chunked_logprob is installed ({error})"
+    return None

@@ -5,6 +5,7 @@
 What is asked for and cannot run is a RuntimeError with the reason; what is chosen automatically is logged once.
 
 A backend is one row: its name, the ops it has, and a probe that says why it cannot take these tensors (None: it can).
+The reason of an automatic choice also says why each better row of that device could not be had.
 `reference` is never chosen automatically: it makes the whole [N, V] matrix.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import importlib.util
 import logging
@@ -19,6 +21,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +30,18 @@ ENVIRONMENT = "MMRLHF_BACKEND"
 HEAD_OPS = ("linear_logp", "fused_preference_loss")
 KNOWN = ("cuda", "triton", "cpu", "torch", "reference")  # every name the project uses, built here or not
 
+Function = TypeVar("Function", bound=Callable)
+
 _logger = logging.getLogger("mmrlhf.ops")
 _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("mmrlhf_backend", default=None)
 _logged: set[tuple[str, str]] = set()
+
+
+def constant(function: Function) -> Function:
+    """Tracing runs `function` and keeps its result: torch.compiler.assume_constant_result, which cannot be asked here,
+    since it imports the compiler, a second for everybody who compiles nothing."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -42,9 +54,9 @@ class Choice:
 class Backend:
     name: str
     ops: tuple[str, ...]
-    why: str  # the reason given when it is chosen automatically
+    why: Callable[[], str]  # the reason given when it is chosen automatically
     refuse: Callable[[tuple[Tensor, ...]], str | None]  # why it cannot take these tensors
-    automatic: tuple[str, ...] = ("cpu", "cuda")  # types of device for which it may be chosen unasked
+    automatic: tuple[str, ...] | None = None  # types of device for which it may be chosen unasked; None: all
     module: str = ""  # what runs it: the functions of `streaming`
 
 
@@ -62,17 +74,48 @@ def _refuse_triton(tensors: tuple[Tensor, ...]) -> str | None:
     return engine("triton").refuse(tensors)
 
 
+def _refuse_cpu(tensors: tuple[Tensor, ...]) -> str | None:
+    if tensors[0].device.type != "cpu":
+        return f"its tensors must be on the CPU, not {tensors[0].device}"
+    return _refuse_double(tensors) or _missing_extension()
+
+
+@functools.cache
+def _missing_extension() -> str | None:
+    """Why mmrlhf._C cannot be imported; None if it can."""
+    try:
+        engine("cpu")
+    except ImportError as error:
+        return f"the compiled extension mmrlhf._C cannot be imported ({error})"
+    return None
+
+
 # In the order of preference: the first row that has the op and does not refuse the tensors is chosen.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("triton", HEAD_OPS, "Triton kernels, on a CUDA device", _refuse_triton, ("cuda",), "mmrlhf.ops._triton"),
+    Backend(
+        "triton",
+        HEAD_OPS,
+        lambda: "Triton kernels, on a CUDA device",
+        _refuse_triton,
+        ("cuda",),
+        "mmrlhf.ops._triton",
+    ),
+    Backend(
+        "cpu",
+        HEAD_OPS,
+        lambda: f"streams over vocabulary blocks, each block's pass compiled ({engine('cpu').isa()})",
+        _refuse_cpu,
+        ("cpu",),
+        "mmrlhf.ops._cpu",
+    ),
     Backend(
         "torch",
         HEAD_OPS,
-        "streams over vocabulary blocks in PyTorch, on any device",
+        lambda: "streams over vocabulary blocks in PyTorch, on any device",
         _refuse_double,
         module="mmrlhf.ops.streaming",
     ),
-    Backend("reference", HEAD_OPS, "", lambda tensors: None, automatic=()),
+    Backend("reference", HEAD_OPS, lambda: "", lambda tensors: None, automatic=()),
 )
 
 
@@ -94,12 +137,12 @@ def choose(op: str, *tensors: Tensor, requested: str | None = None) -> Choice:
     name, by = _requested(requested)
     if name is not None:
         return _take(op, tensors, name, by)
-    refusals = []
+    refusals: list[str] = []
     for row in BACKENDS:
-        if op in row.ops and tensors[0].device.type in row.automatic:
+        if op in row.ops and (row.automatic is None or tensors[0].device.type in row.automatic):
             refusal = row.refuse(tensors)
             if refusal is None:
-                choice = Choice(row.name, row.why)
+                choice = Choice(row.name, "; not ".join([row.why(), *refusals]))
                 _log_once(op, choice)
                 return choice
             refusals.append(f"{row.name}: {refusal}")
@@ -117,6 +160,7 @@ def use_backend(name: str) -> Iterator[None]:
         _asked.reset(token)
 
 
+@constant
 def requested(argument: str | None = None) -> str | None:
     """The name asked for, by the argument, `use_backend` or the environment; None where the choice is free."""
     return _requested(argument)[0]

@@ -45,14 +45,14 @@ def same_device(first: str, tensor_: Tensor, **others: Tensor | None) -> None:
 def positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and positive, got {value!r}")
 
 
 def not_negative(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and 0 or more, got {value!r}")
 
 
@@ -61,9 +61,18 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def traced(value: Tensor) -> bool:
+    """Whether there are no values: the code is being compiled or exported, or the tensor is a meta or fake one."""
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(value, Tensor) and (value.is_meta or type(value).__name__ == "FakeTensor")
+
+
 def visible(value: Tensor) -> bool:
-    """Whether looking at the values costs no wait for a device, or was asked for."""
-    return value.device.type == "cpu" or (value.device.type != "meta" and os.environ.get("MMRLHF_CHECK_VALUES") == "1")
+    """Whether looking at the values costs no wait for a device, or was asked for. Traced code has none to look at."""
+    if traced(value):
+        return False
+    return value.device.type == "cpu" or os.environ.get("MMRLHF_CHECK_VALUES") == "1"
 
 
 def values(name: str, value: Tensor, bad: Tensor, allowed: str) -> None:
@@ -116,6 +125,8 @@ def targets(targets: Tensor, hidden: Tensor, vocab: int, ignore_index: int | Non
     tensor("targets", targets, INDEX_DTYPES)
     shape("targets", targets, tuple(hidden.shape[:-1]), f"one token a row of hidden {list(hidden.shape)}")
     same_device("hidden", hidden, targets=targets)
+    if not visible(targets):
+        return  # not even compared: that would be three launches for nothing
     bad, allowed = (targets < 0) | (targets >= vocab), f"token ids in [0, {vocab})"
     if ignore_index is not None:
         bad, allowed = bad & (targets != ignore_index), f"{allowed} or ignore_index {ignore_index}"
@@ -141,6 +152,8 @@ def pairs(pairs: Tensor, responses: int) -> None:
     tensor("pairs", pairs, INDEX_DTYPES)
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must have shape [P, 2] (better, worse), got {list(pairs.shape)}")
+    if not visible(pairs):
+        return
     values("pairs", pairs, (pairs < 0) | (pairs >= responses), f"responses in [0, {responses})")
     values("pairs", pairs[:, 0], pairs[:, 0] == pairs[:, 1], "two different responses a pair")
 
@@ -152,4 +165,5 @@ def finite_weights(name: str, value: Tensor | None, count: int, why: str, like: 
     tensor(name, value, (*HEAD_DTYPES, torch.float64))
     shape(name, value, (count,), why)
     same_device("the scores", like, **{name: value})
-    values(name, value, ~(value.isfinite() & (value >= 0)), "finite and 0 or more")
+    if visible(value):
+        values(name, value, ~(value.isfinite() & (value >= 0)), "finite and 0 or more")

@@ -1,12 +1,12 @@
 """From hidden rows to a preference loss in one pass over the vocabulary, with the gradients of hidden, weight and bias.
 
-Same value and gradients as composing `linear_logp`, `sequence_score`, `preference_loss` and the SFT term. Frozen head:
-that composition, 2U (U = 2 N H V flops), since `linear_logp` makes its gradient in the forward already. Trained head:
-two phases inside the forward, a chunk of whole groups at a time. (1) Keep the chunk's exponentials E, reduce to scores,
-run the loss on that short vector by autograd, which gives one coefficient c a token; (2) dX = c * unit gradient and
-dW += E^T (c h). 3U, and exact for every loss. A chunk whose E does not fit `memory_budget` makes E again: 4U. A loss
-that couples the pairs (bco_pair, a callable beta) is one chunk. Not covered: gradients of anything but hidden, weight
-and bias; double backward.
+Same value and gradients as composing `linear_logp`, `sequence_score`, `preference_loss` and the SFT term; under
+torch.compile it is that composition. Frozen head: 2U (U = 2 N H V flops), dlogp/dh being made in the forward and scaled
+there. Trained head: two phases inside the forward, a chunk of whole groups at a time. (1) Keep the chunk's exponentials
+E, reduce to scores, run the loss on that short vector by autograd, which gives one coefficient c a token; (2) dX = c *
+dlogp/dh and dW += E^T (c h). 3U, and exact for every loss. A chunk whose E does not fit `memory_budget` makes E again:
+4U. A loss that couples the pairs (bco_pair, a callable beta) is one chunk. Not covered: gradients of anything but
+hidden, weight and bias; double backward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from torch import Tensor
 
 from mmrlhf.ops import backend as backends
 from mmrlhf.ops import checks, preference, reference, streaming
-from mmrlhf.ops.linear_logp import cast_for_autocast, check_budget, refuse_double_backward, wants_grad
+from mmrlhf.ops.linear_logp import (
+    cast_for_autocast,
+    check_budget,
+    choose_backend,
+    linear_logp,
+    refuse_double_backward,
+    wants_grad,
+)
 from mmrlhf.ops.loss_kinds import LOSSES
 from mmrlhf.ops.reference import Beta, FusedPreferenceOutput, Objective
 from mmrlhf.ops.sequence_score import REDUCTIONS
@@ -91,11 +98,13 @@ def fused_preference_loss(
     _check(objective, hidden)
     objective = _in_dtype(objective, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     budget = check_budget(memory_budget)
-    choice = backends.choose("fused_preference_loss", hidden, weight, requested=backend)
+    name = choose_backend("fused_preference_loss", hidden, weight, backend)
     head: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
-    if choice.name == "reference":
+    if name == "reference":
         return objective(reference.linear_logp(hidden, weight, targets, **head))
-    engine = backends.engine(choice.name)
+    if checks.traced(hidden):  # the composition, whose parts a graph can hold
+        return objective(linear_logp(hidden, weight, targets, **head, memory_budget=budget, backend=name))
+    engine = backends.engine(name)
     wants = (wants_grad(hidden), wants_grad(weight), wants_grad(bias))
     results = _Fused.apply(engine, hidden, weight, bias, targets, logit_scale, softcap, objective, wants, budget)
     return FusedPreferenceOutput(*results)
@@ -118,9 +127,15 @@ def _check(objective: Objective, hidden: Tensor) -> None:
     preference.check_count("num_sft_tokens", o.num_sft_tokens)
     names = ("token_weight", "reference_scores", "beta", "pair_weight", "num_pairs", "num_sft_tokens")
     preference.refuse_grad("fused_preference_loss", {name: getattr(o, name) for name in names})
-    if LOSSES[o.kind].per_token and o.reduction == "sum" and o.kind not in _warned:
-        _warned.add(o.kind)
-        _logger.warning("loss kind %s is defined on mean log-probabilities, but reduction is 'sum'", o.kind)
+    if LOSSES[o.kind].per_token and o.reduction == "sum":
+        _warn_of_sum(o.kind)
+
+
+@backends.constant
+def _warn_of_sum(kind: str) -> None:
+    if kind not in _warned:
+        _warned.add(kind)
+        _logger.warning("loss kind %s is defined on mean log-probabilities, but reduction is 'sum'", kind)
 
 
 def _in_dtype(objective: Objective, dtype: torch.dtype) -> Objective:

@@ -1,6 +1,7 @@
 """Log-probability of each target token, from the hidden rows and the lm_head, without the [N, V] logits.
 
-public function (checks, shapes) -> autograd.Function -> `streaming` (torch backend) or `reference`.
+public function (checks, shapes) -> autograd.Function -> a backend's engine: `streaming` (torch), `_cpu` or `_triton`.
+Traced code (torch.compile) takes the registered ops of `library` in the place of the autograd.Function.
 
 The forward makes the unit gradient dlogp/dh, which depends on nothing that comes later, so the backward of a frozen
 head only scales rows: 2U in all (U = 2 N H V flops), exact for any upstream gradient. A trained head adds 1U where the
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmrlhf.ops import backend as backends
-from mmrlhf.ops import checks, reference, streaming
+from mmrlhf.ops import checks, library, reference, streaming
 
 MEMORY_BUDGET = 1 << 30  # bytes of exponentials kept between forward and backward
 
@@ -50,19 +51,32 @@ def linear_logp(
     checks.head(hidden, weight, bias, logit_scale, softcap, double=double)
     checks.targets(targets, hidden, weight.shape[0], ignore_index)
     budget = check_budget(memory_budget)
-    choice = backends.choose("linear_logp", hidden, weight, requested=backend)
-    if choice.name == "reference":
+    name = choose_backend("linear_logp", hidden, weight, backend)
+    if name == "reference":
         return reference.linear_logp(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index
         )
-    head, engine = streaming.Head(weight, bias, logit_scale, softcap), backends.engine(choice.name)
+    head = streaming.Head(weight, bias, logit_scale, softcap)
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    if checks.traced(hidden):
+        keep = wants_grad(weight, bias) and 4 * flat.shape[0] * weight.shape[0] <= budget
+        unit = wants_grad(hidden)
+        logp = library.linear_logp(head, rows, flat, ignore_index=ignore_index, unit=unit, keep=keep, backend=name)
+        return logp.reshape(targets.shape)
+    engine = backends.engine(name)
     return _without_ignored(engine, head, rows, flat, ignore_index, budget).reshape(targets.shape)
+
+
+def choose_backend(op: str, hidden: Tensor, weight: Tensor, backend: str | None) -> str:
+    """The name of the backend that runs `op`; in traced code a constant of the graph."""
+    if checks.traced(hidden):
+        return library.choose(op, backend, hidden.dtype, hidden.device)
+    return backends.choose(op, hidden, weight, requested=backend).name
 
 
 def cast_for_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast does to a linear layer: its operands in the autocast dtype. Outside autocast, nothing."""
-    if not (isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type)):
+    if not isinstance(hidden, Tensor) or hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
 

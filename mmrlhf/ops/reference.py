@@ -89,8 +89,10 @@ def implicit_beta(
         return torch.full((), beta, dtype=log_ratio_margin.dtype, device=log_ratio_margin.device)
     mean, spread = log_ratio_margin.mean(), log_ratio_margin.std()
     density = torch.exp(-0.5 * ((log_ratio_margin - mean) / (spread + 1e-7)) ** 2)
-    # The released code draws without replacement by density; the floor keeps that possible for far outliers.
-    kept = torch.multinomial(density.clamp(min=1e-30), count, replacement=False, generator=generator)
+    # The released code draws without replacement by density; the floor keeps that possible for far outliers. A margin
+    # that is not finite may be drawn, and makes beta and with it the loss NaN, which is for the loop to skip.
+    density = torch.where(density.isfinite(), density.clamp(min=1e-30), 1)
+    kept = torch.multinomial(density, count, replacement=False, generator=generator)
     return (beta * (1 + w * (log_ratio_margin[kept].mean() - mean))).clamp(min=1e-3)
 
 

@@ -1,9 +1,10 @@
-"""The torch backend of the head, and the frame of the cpu one: logits a block of the vocabulary at a time, never [N, V] unless asked to keep it.
+"""The torch backend of the head, and the frame of the cpu one: logits a block of the vocabulary at a time.
 
-One offset a row, known before the first block: k = rint(z_y * log2(e)), the target's logit z_y being a gather-dot with
-its row of `weight`. Then E = 2^(z * log2(e) - k) needs no running maximum, a block is one GEMM and in-place passes over
-a reused tile, and dX = E W and dW = E^T (..) are plain GEMMs. The target's column is left out of E and of its sum S':
-logp = -log1p(S' / E_y) keeps its relative precision as p_y -> 1.
+[N, V] is never made unless asked for. One offset a row, known before the first block: k = rint(z_y * log2(e)), the
+target's logit z_y being a gather-dot with its row of `weight`. Then E = 2^(z * log2(e) - k) needs no running maximum, a
+block is one GEMM and one pass (`exp2_rowsum_`, the part that the cpu backend compiles) over a reused tile, and dX = E W
+and dW = E^T (..) are plain GEMMs. The target's column is left out of E and of its sum S': logp = -log1p(S' / E_y) keeps
+its relative precision as p_y -> 1.
 
 S' above 2^64 (logp < -44 nats) is rare: such rows are found afterwards (one bool read) and done again with their true
 maximum in the place of z_y. float32 arithmetic throughout; half precisions are raised block by block on the CPU, and

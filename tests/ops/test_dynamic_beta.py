@@ -82,3 +82,9 @@ def test_implicit_beta_is_held_above_its_floor_and_defined_for_few_pairs():
     drawn = [float(implicit_beta(far, generator=torch.Generator().manual_seed(seed))) for seed in range(20)]
     # Without the outlier the drawn mean is far below the mean: beta would be negative.
     assert min(drawn) == float(torch.tensor(1e-3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_t01_implicit_beta_of_a_non_finite_margin_is_nan_not_a_crash(bad):
+    margin = torch.tensor([0.1, bad, -0.2, 0.4, 0.0])
+    assert implicit_beta(margin, beta=0.1, generator=torch.Generator().manual_seed(0)).isnan()

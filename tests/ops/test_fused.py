@@ -25,6 +25,8 @@ from mmrlhf.ops import (
 from mmrlhf.ops.loss_kinds import LOSSES
 from numerics import HeadProblem, assert_no_worse, plain_logp
 
+pytestmark = pytest.mark.usefixtures("head_backend")
+
 N, H, V = 47, 24, 1301
 CU = torch.tensor([0, 9, 14, 21, 21, 33, 34, 47])
 PAIRS = torch.tensor([[1, 0], [2, 4], [5, 2], [4, 5]])

@@ -12,6 +12,8 @@ import torch
 from mmrlhf.ops import linear_logp, reference, streaming
 from numerics import HeadProblem, assert_no_worse, check_linear_logp, plain_logp
 
+pytestmark = pytest.mark.usefixtures("head_backend")
+
 SHAPES = [(1, 1, 1), (5, 7, 1), (0, 8, 13), (3, 16, 2), (37, 19, 509), (64, 33, 4999), (531, 8, 1201)]
 HEADS = [{}, {"bias": True}, {"logit_scale": 0.35}, {"bias": True, "logit_scale": 1.7, "softcap": 6.0}]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

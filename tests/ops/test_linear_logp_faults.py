@@ -8,6 +8,8 @@ import torch
 from mmrlhf.ops import linear_logp, reference
 from numerics import HeadProblem, assert_no_worse, check_linear_logp
 
+pytestmark = pytest.mark.usefixtures("head_backend")
+
 
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -9,6 +9,8 @@ from mmrlhf.losses import LinearLogp, PreferenceLoss
 from mmrlhf.ops import dynamic_beta, fused_preference_loss, linear_logp
 from numerics import HeadProblem
 
+pytestmark = pytest.mark.usefixtures("head_backend")
+
 N = 47
 CU = torch.tensor([0, 9, 14, 21, 21, 33, 34, 47])
 PAIRS = torch.tensor([[1, 0], [2, 4], [5, 2], [4, 5]])

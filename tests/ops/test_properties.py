@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,11 +22,12 @@ from mmrlhf.ops import (
 from mmrlhf.ops.loss_kinds import LOSSES
 from numerics import HeadProblem, assert_no_worse, plain_logp
 
+pytestmark = pytest.mark.usefixtures("head_backend")
 few = settings(
     max_examples=int(os.environ.get("MMRLHF_HYPOTHESIS", "25")),
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
 
