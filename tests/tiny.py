@@ -35,6 +35,9 @@ FAMILIES = (
     "idefics3",
     "smolvlm",
     "gemma3",
+    "mistral3",
+    "pixtral",
+    "glm4v",
 )
 
 

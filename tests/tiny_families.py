@@ -31,6 +31,7 @@ _VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+_EDGES = (("start", "begin"), ("end", "end"))
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type']=='image' %}IMAGE{% elif c['type']=='video' %}VIDEO"
@@ -86,6 +87,9 @@ def build(family: str):
         "idefics3": _idefics,
         "smolvlm": _idefics,
         "gemma3": _gemma3,
+        "mistral3": _pixtral,
+        "pixtral": _pixtral,
+        "glm4v": _glm4v,
     }
     if family not in builders:
         raise ValueError(f"family must be one of {', '.join(builders)}, got {family!r}")
@@ -308,3 +312,65 @@ def _gemma3(family: str):
         "image_seq_length": 4,
     }
     return config, tf.Gemma3ForConditionalGeneration, tf.Gemma3Processor, "<start_of_image>", parts
+
+
+def _pixtral(family: str):
+    """Mistral 3, or Pixtral as the hub has it: a Llava with Pixtral's tower, and an image as large as it comes."""
+    import transformers as tf
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    from mmrlhf.models.processors import pixtral_class
+
+    tokenizer = _tokenizer(["[IMG]", "[IMG_BREAK]", "[IMG_END]"], bos="<s>")
+    merge, patch = (2, 7) if family == "mistral3" else (1, 14)
+    classes = {
+        "mistral3": (tf.Mistral3Config, tf.Mistral3ForConditionalGeneration, {"spatial_merge_size": merge}),
+        "pixtral": (tf.LlavaConfig, tf.LlavaForConditionalGeneration, {"vision_feature_select_strategy": "full"}),
+    }
+    config_class, model_class, extra = classes[family]
+    text = {"model_type": "mistral", "vocab_size": len(tokenizer), "head_dim": 8, "sliding_window": None, **_TEXT}
+    config = config_class(
+        vision_config={"model_type": "pixtral", **_VISION, "image_size": 56, "patch_size": patch},
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+        **extra,
+    )
+    edges = {"height": patch, "width": patch}
+    parts = {
+        "image_processor": PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size=edges),
+        "tokenizer": tokenizer,
+        "patch_size": patch,
+        "spatial_merge_size": merge,
+    }
+    return config, model_class, pixtral_class(), "[IMG]", parts
+
+
+def _glm4v(family: str):
+    import transformers as tf
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+    markers = {f"{kind}_{edge}": f"<|{word}_of_{kind}|>" for kind in ("image", "video") for edge, word in _EDGES}
+    named = {"image_token": "<|image|>", "video_token": "<|video|>"}
+    tokenizer = _tokenizer([*markers.values(), *named.values()], named=named)
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in markers.items()}
+    ids |= {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2}
+    config = tf.Glm4vConfig(
+        text_config={"vocab_size": len(tokenizer), "rope_parameters": rope, **_TEXT},
+        vision_config={**vision, "intermediate_size": 64, "out_hidden_size": 32, "image_size": 56},
+        tie_word_embeddings=False,
+        **ids,
+    )
+    grid = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    grid["size"] = {"shortest_edge": 2 * 28 * 28, "longest_edge": 8 * 28 * 28}  # pixels of two frames
+    parts = {
+        "image_processor": Glm4vImageProcessorPil(**grid),
+        "tokenizer": tokenizer,
+        "video": {"video_processor_type": "Glm4vVideoProcessor", **grid},
+        "video_marker": "<|begin_of_video|><|video|><|end_of_video|>",
+    }
+    marker = "<|begin_of_image|><|image|><|end_of_image|>"
+    return config, tf.Glm4vForConditionalGeneration, tf.Glm4vProcessor, marker, parts

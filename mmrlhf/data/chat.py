@@ -107,12 +107,23 @@ class Chat:
             name = self.tokenizer.convert_ids_to_tokens(special)
             raise BadRow(source, f"{what} is tokenised to {name!r}, a special token; user text must not")
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """The conversation as text, media as the template's placeholders."""
+    def render(self, messages: Sequence[Message], source: str, *, generation_prompt: bool) -> str:
+        """The conversation as text, media as the template's placeholders.
+
+        BadRow where the template refuses it (its raise_exception: no system role, roles must alternate, …);
+        ValueError for a template that no conversation can pass, since it does not compile.
+        """
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
         conversation = [{"role": m.role, "content": self._content(m)} for m in messages]
-        return self.processor.apply_chat_template(
-            conversation, chat_template=self.template, add_generation_prompt=generation_prompt, tokenize=False
-        )
+        try:
+            return self.processor.apply_chat_template(
+                conversation, chat_template=self.template, add_generation_prompt=generation_prompt, tokenize=False
+            )
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is not valid: {error.message} (line {error.lineno})") from error
+        except TemplateError as error:
+            raise BadRow(source, f"the chat template refuses the conversation: {error.message}") from error
 
     def _content(self, message: Message) -> Any:
         if self.text_only:
@@ -120,20 +131,20 @@ class Chat:
         return [{"type": p.type, "text": p.text} if p.type == "text" else {"type": p.type} for p in message.content]
 
     def prompt(self, group: PreferenceGroup, messages: Sequence[Message]) -> str:
-        """The text of the prefix, generation prompt included. Checks that the template lost nothing."""
+        """The text of the prefix, generation prompt included. BadRow for markers, or text that the template loses."""
         source = group.source or group.id
         texts = [p.text for m in messages for p in m.content if p.type == "text"]
         for text in texts:
             self.check_user_text(text, "prompt", source)
-        rendered = self.render(messages, generation_prompt=True)
+        rendered = self.render(messages, source, generation_prompt=True)
         lost = next((t for t in texts if t.strip() not in rendered), None)
         if lost is not None:
-            raise ValueError(f"the chat template leaves out or changes message text: {lost.strip()[:60]!r}")
+            raise BadRow(source, f"the chat template leaves out or changes message text: {lost.strip()[:60]!r}")
         return rendered
 
-    def frame(self, messages: Sequence[Message], prompt: str) -> Frame:
+    def frame(self, messages: Sequence[Message], prompt: str, source: str) -> Frame:
         """What the template writes around an answer to these messages, seen on a probe. ValueError if unusable."""
-        full = self._with_answer(messages, _PROBE)
+        full = self._with_answer(messages, _PROBE, source)
         if not full.startswith(prompt):
             raise ValueError(
                 "the chat template's assistant turn does not continue its generation prompt: the prompt ends "
@@ -151,20 +162,21 @@ class Chat:
             raise ValueError("the chat template ends answers with no special token, and the tokenizer has no eos_token")
         return Frame(tuple(messages), prompt, before, after, end)
 
-    def _with_answer(self, messages: Sequence[Message], text: str) -> str:
+    def _with_answer(self, messages: Sequence[Message], text: str, source: str) -> str:
         turn = Message("assistant", (Part("text", text),))
-        return self.render([*messages, turn], generation_prompt=False)
+        return self.render([*messages, turn], source, generation_prompt=False)
 
     def answer(self, frame: Frame, text: str, source: str, *, offsets: bool) -> Answer:
         """The tokens the model should give for `text`, end of turn included.
 
-        BadRow for user text with markers or an answer without tokens; ValueError if the template rewrites the text.
+        BadRow for user text with markers, an answer without tokens, and one that the template rewrites (Qwen3's cuts
+        what stands before "</think>"); a template that rewrites every answer meets the cap on bad rows.
         """
         self.check_user_text(text, "response", source)
-        rest = self._with_answer(frame.messages, text).removeprefix(frame.prompt)
+        rest = self._with_answer(frame.messages, text, source).removeprefix(frame.prompt)
         kept = next((t for t in _trimmed(text) if rest == frame.before + t + frame.after), None)
         if kept is None:
-            raise ValueError(f"the chat template changes an answer's text: {text[:60]!r} became {rest[:80]!r}")
+            raise BadRow(source, f"the chat template changes an answer's text: {text[:60]!r} became {rest[:80]!r}")
         ids, spans = self._tokens(frame.prompt, frame.before + kept + frame.end, offsets)
         if not ids or any(not 0 <= i < self.vocabulary for i in ids):
             raise BadRow(source, f"a response gives token ids outside 0..{self.vocabulary - 1}" if ids else "no tokens")

@@ -16,7 +16,7 @@ from typing import Any
 
 from mmrlhf.data.images import MAX_PIXELS, MissingFile, frame_names, open_image, open_video
 from mmrlhf.data.readers import GroupSet, read_groups, summary
-from mmrlhf.data.schema import BadRow, ImageRef, PreferenceGroup, VideoRef
+from mmrlhf.data.schema import PAIR_MODES, BadRow, ImageRef, PreferenceGroup, VideoRef
 
 MAX_LISTED = 200  # lines of a list in the text; the report's fields hold them all
 
@@ -59,6 +59,7 @@ class Report:
     group_tokens: Spread | None = None
     ties: int = 0  # pairs of responses of equal level in ranked groups, and rows marked as ties
     margins: int = 0  # pairs with a reward margin
+    contradicting_margins: int = 0  # pairs whose margin is negative: the worse response scores higher
     critiques: int = 0
     images: int = 0  # distinct images and videos
     image_sizes: Spread | None = None  # pixels
@@ -104,8 +105,12 @@ def check(
     Args:
         format, root: as for `read_groups`.
         processor: with one, every group is encoded with it and lengths are given in tokens.
-        pairs, max_group_tokens, max_image_pixels, video_frames: as training would have them.
+        pairs: which pairs to count: "all", "adjacent" or "best_vs_rest", as training would have them.
+        max_group_tokens, max_image_pixels, video_frames: as training would have them.
+    Raises ValueError for `pairs` or `format` that is none of theirs, and for a chat template that no row can pass.
     """
+    if pairs not in PAIR_MODES:
+        raise ValueError(f"pairs must be one of {', '.join(PAIR_MODES)}, got {pairs!r}")
     report = Report(path=str(path))
     try:
         found = read_groups(path, format=format, root=root, on_bad_row="skip", max_bad_rows=1.0)
@@ -114,6 +119,7 @@ def check(
         return report
     _count(report, found, pairs)
     usable = _look_at_images(report, found, max_image_pixels)
+    usable = [group for group in usable if group.preference_pairs(pairs)]  # type: ignore[arg-type]
     if processor is not None:
         from mmrlhf.data.encode import Encoder
 
@@ -141,10 +147,13 @@ def _count(report: Report, found: GroupSet, mode: str) -> None:
     report.response_chars = Spread.of([len(r.text) for g in groups for r in g.responses])
     for group in groups:
         listed = group.preference_pairs(mode)  # type: ignore[arg-type]
+        if not listed:
+            report.bad_rows.append(BadRow(group.source, group.why_no_pairs(mode)))  # type: ignore[arg-type]
         media = len(group.images) + len(group.videos)
         report.pairs += len(listed)
         report.responses += len(group.responses)
         report.margins += sum(p.margin is not None for p in listed)
+        report.contradicting_margins += sum(p.margin is not None and p.margin < 0 for p in listed)
         report.critiques += sum(r.critique is not None for r in group.responses)
         report.response_slots += 2 * len(listed)
         report.image_slots += 2 * len(listed) * media
@@ -249,6 +258,7 @@ def _lines(report: Report):
             yield f"{'':23}{report.image_slots:,} image encodings for {report.images:,} images ({twice:.1f}x)"
     for name, what in (
         ("contradictions", "pairs ordered both ways (dropped)"),
+        ("contradicting_margins", "pairs whose scores say the opposite (they train as they are ordered)"),
         ("duplicate_pairs", "pairs stated again (counted once)"),
         ("duplicate_ids", "ids used for another prompt (renamed)"),
     ):

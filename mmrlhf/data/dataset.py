@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -100,14 +100,15 @@ class PreferenceDataset:
             vision=vision,
         )
 
-    def batch_items(self, indices: Sequence[int]) -> list[EncodedGroup]:
-        """The groups of one micro-batch, ready for `collate`."""
-        return [self[i] for i in indices]
-
     @property
     def lengths(self) -> list[int]:
         """Tokens of each group: prefix and all its responses."""
         return [text.num_tokens for text in self._text]
+
+    @property
+    def contradicting_margins(self) -> int:
+        """Pairs whose reward margin is negative: the worse response scores higher. They train as they are ordered."""
+        return sum(int((text.margin < 0).sum()) for text in self._text)  # NaN, no margin, is not below 0
 
     def num_pairs(self, index: int) -> int:
         return self._text[index].num_pairs

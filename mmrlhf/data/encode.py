@@ -70,10 +70,6 @@ class EncodedGroup:
         """Tokens of the better response, summed over the pairs."""
         return sum(self.response_ids[better].numel() for better in self.pairs[:, 0].tolist())
 
-    @property
-    def vision_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.vision.values())
-
 
 class Encoder:
     """Turns groups into tensors with one processor and one set of settings.
@@ -126,9 +122,9 @@ class Encoder:
         source = group.source or group.id
         listed = group.preference_pairs(self.pairs)
         if not listed:
-            raise BadRow(source, "no preference pair: all responses are tied")
+            raise BadRow(source, group.why_no_pairs(self.pairs))
         prefix_ids, aligned, vision, messages, prompt = self._prefix(group)
-        frame = self.chat.frame(messages, prompt)
+        frame = self.chat.frame(messages, prompt, source)
         answers: dict[int, Answer] = {}
         for index in sorted({i for p in listed for i in (p.better, p.worse)}):
             response = group.responses[index]

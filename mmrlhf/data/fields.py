@@ -102,17 +102,24 @@ def optional_text(value: Any, name: str) -> str | None:
 
 
 def user(text: str, images: int = 0, videos: int = 0) -> tuple[Message, ...]:
-    """One user turn, its images and videos before the text."""
-    media_parts = (Part("image"),) * images + (Part("video"),) * videos
-    return (Message("user", (*media_parts, Part("text", text))),)
+    """One user turn: media where `<image>` and `<video>` stand in the text, or before it where none does."""
+    return place_media([Message("user", _split(text) or (Part("text", text),))], images, videos)
+
+
+def has_placeholder(text: str) -> bool:
+    return _PLACEHOLDER.search(text) is not None
 
 
 def texts_of(row: Mapping, keys: tuple[str, ...]) -> dict[str, str]:
     return {key: str(row[key])[:2000] for key in keys if row.get(key) is not None}
 
 
-def messages_of(value: Any, name: str) -> list[Message]:
-    """Messages in the OpenAI ("role", "content") or ShareGPT ("from", "value") spelling."""
+def messages_of(value: Any, name: str, *, placeholders: bool = False) -> list[Message]:
+    """Messages in the OpenAI ("role", "content") or ShareGPT ("from", "value") spelling.
+
+    With `placeholders`, `<image>` and `<video>` in a content that is a string become parts. A content that is a list
+    says itself which parts are media, so its text stays text.
+    """
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{name!r} must be a list of messages, got {type(value).__name__}")
     out = []
@@ -123,7 +130,11 @@ def messages_of(value: Any, name: str) -> list[Message]:
         role = item.get("role", item.get("from"))
         if role not in ROLES:
             raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, got {role!r}")
-        out.append(Message(ROLES[role], _parts(item.get("content", item.get("value")), where)))
+        content = item.get("content", item.get("value"))
+        parts = _parts(content, where)
+        if placeholders and isinstance(content, str):
+            parts = _split(content) or parts
+        out.append(Message(ROLES[role], parts))
     return out
 
 
@@ -153,13 +164,19 @@ def split_placeholders(messages: list[Message]) -> list[Message]:
             if part.type != "text":
                 parts.append(part)
                 continue
-            for index, piece in enumerate(_PLACEHOLDER.split(part.text)):
-                if index % 2:
-                    parts.append(Part("image" if piece == "image" else "video"))
-                elif piece:
-                    parts.append(Part("text", piece))
+            parts += _split(part.text)
         out.append(Message(message.role, tuple(parts)))
     return out
+
+
+def _split(text: str) -> tuple[Part, ...]:
+    parts = []
+    for index, piece in enumerate(_PLACEHOLDER.split(text)):
+        if index % 2:
+            parts.append(Part("image" if piece == "image" else "video"))
+        elif piece:
+            parts.append(Part("text", piece))
+    return tuple(parts)
 
 
 def place_media(messages: list[Message], images: int, videos: int) -> tuple[Message, ...]:
@@ -170,7 +187,8 @@ def place_media(messages: list[Message], images: int, videos: int) -> tuple[Mess
         if counted[kind] == given:
             continue
         if counted[kind]:
-            raise ValueError(f"{counted[kind]} {kind} placeholders for {given} {kind}s")
+            hint = "" if given else f" (<{kind}> in a prompt stands for one)"
+            raise ValueError(f"{counted[kind]} {kind} placeholders for {given} {kind}s{hint}")
         missing += (Part(kind),) * given  # type: ignore[arg-type]
     if missing:
         first = next((i for i, m in enumerate(messages) if m.role == "user"), None)

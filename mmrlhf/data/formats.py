@@ -8,6 +8,9 @@ trl            TRL vision preference: images or image, prompt, chosen, rejected;
 llama_factory  LLaMA-Factory ranking: sharegpt conversations + chosen, rejected, or alpaca instruction
 swift          ms-swift: messages + rejected_response or rejected_messages; query + response + rejected_response
 
+In every format `<image>` and `<video>` in a prompt that is a string stand for the row's media, in order: there must be
+as many as the row has, or none (then they go before the text). A text-only row that holds one is bad, too: a model
+whose own marker is another word would be trained to read it as text. A literal one is written as a text part.
 Columns that mean nothing here (cached log-probabilities, say) are counted by name, never read.
 """
 
@@ -95,7 +98,7 @@ def parse_trl(row: Mapping) -> Record:
     images, videos = media.images_of(row), media.videos_of(row)
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
-        messages = list(user(text_of(prompt, "prompt")))
+        messages = _prompt(prompt)
         better, worse = chosen, rejected
     else:
         left, right = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
@@ -103,9 +106,10 @@ def parse_trl(row: Mapping) -> Record:
             same = 0
             while same < min(len(left), len(right)) - 1 and left[same] == right[same]:
                 same += 1
-            messages, left, right = left[:same], left[same:], right[same:]
+            messages = messages_of(list(chosen or ())[:same], "chosen", placeholders=True)
+            left, right = left[same:], right[same:]
         else:
-            messages = list(user(prompt)) if isinstance(prompt, str) else messages_of(prompt, "prompt")
+            messages = _prompt(prompt)
         better, worse = final_text(left, "chosen"), final_text(right, "rejected")
     return Record(
         prompt=place_media(messages, len(images), len(videos)),
@@ -114,6 +118,13 @@ def parse_trl(row: Mapping) -> Record:
         id=str(row.get("id") or ""),
         **pair_of(row, better, worse),
     )
+
+
+def _prompt(value: Any) -> list[Message]:
+    """A prompt that is a string or a list of messages, placeholders in strings made parts."""
+    if not isinstance(value, (list, tuple)):
+        value = [{"role": "user", "content": text_of(value, "prompt")}]
+    return messages_of(value, "prompt", placeholders=True)
 
 
 def parse_llama_factory(row: Mapping) -> Record:
@@ -213,10 +224,8 @@ def parse_mmrlhf(row: Mapping) -> Record:
         if not isinstance(fields, Mapping):
             raise ValueError(f"responses[{index}] must be text or an object, got {type(item).__name__}")
         responses.append(_ranked_response(fields, index, scores[index], ranks[index]))
-    prompt = row.get("prompt")
-    messages = list(user(prompt)) if isinstance(prompt, str) else messages_of(prompt, "prompt")
     return Record(
-        prompt=place_media(messages, len(images), len(videos)),
+        prompt=place_media(_prompt(row.get("prompt")), len(images), len(videos)),
         images=images,
         videos=videos,
         id=str(row.get("id") or ""),

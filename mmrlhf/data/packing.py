@@ -50,8 +50,11 @@ def _pack(indices: Sequence[int], lengths: Sequence[int], tokens_per_batch: int)
     return batches
 
 
-def utilisation(plan: Sequence[Step], lengths: Sequence[int], tokens_per_batch: int) -> float:
-    """Share of the micro-batches' token budget that is used, in [0, 1] (a longer group counts as one full budget)."""
-    batches = [batch for step in plan for batch in step]
-    used = sum(min(sum(lengths[i] for i in batch), tokens_per_batch) for batch in batches)
-    return used / (len(batches) * tokens_per_batch) if batches else 0.0
+def over_budget(lengths: Sequence[int], tokens_per_batch: int) -> list[int]:
+    """Indices of the groups longer than a micro-batch's budget; `plan_epoch` lets each have a micro-batch alone.
+
+    Raises ValueError for a budget below 1.
+    """
+    if tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch must be positive, got {tokens_per_batch}")
+    return [index for index, length in enumerate(lengths) if length > tokens_per_batch]

@@ -90,15 +90,18 @@ class PreferenceGroup:
     def preference_pairs(self, mode: PairMode = "all") -> tuple[ListedPair, ...]:
         """The pairs (better, worse) of this group; ties give none.
 
-        Listed pairs are returned as they are, whatever the mode. Otherwise they come from ranks (1 is best), or from
-        scores where no response has a rank. "all": every pair of different level; "adjacent": each level against the
-        next one down; "best_vs_rest": the best level against all others. Margins are score differences.
+        From listed pairs: "all" keeps them as they are; "adjacent" leaves out a pair that two others of the list
+        imply (better over c, c over worse); "best_vs_rest" keeps those whose better response nothing in the list
+        beats. A list that goes in a circle may leave none of either.
+        Otherwise pairs come from ranks (1 is best), or from scores where no response has a rank. "all": every pair of
+        different level; "adjacent": each level against the next one down; "best_vs_rest": the best level against all
+        others. Margins are score differences.
         Raises BadRow if ranks or scores are there for some of the responses only, or for none.
         """
         if mode not in PAIR_MODES:
             raise ValueError(f"pairs must be one of {', '.join(PAIR_MODES)}, got {mode!r}")
         if self.pairs is not None:
-            return tuple(ListedPair(p.better, p.worse, self._margin(p)) for p in self.pairs)
+            return tuple(ListedPair(p.better, p.worse, self._margin(p)) for p in _thinned(self.pairs, mode))
         level = self._levels()
         distinct = sorted(set(level))
         position = {value: index for index, value in enumerate(distinct)}
@@ -113,6 +116,12 @@ class PreferenceGroup:
                     continue
                 chosen.append(ListedPair(i, j, self._margin(ListedPair(i, j))))
         return tuple(chosen)
+
+    def why_no_pairs(self, mode: PairMode = "all") -> str:
+        """What to say of a group that `preference_pairs(mode)` gives no pair of."""
+        if not self.pairs:
+            return "no preference pair: all responses are tied"
+        return f"no preference pair: the {len(self.pairs)} listed pairs go in a circle, so that pairs={mode} keeps none"
 
     def _levels(self) -> list[float]:
         """Each response's level, lower is better."""
@@ -133,3 +142,14 @@ class PreferenceGroup:
         if better is not None and worse is not None and math.isfinite(better) and math.isfinite(worse):
             return better - worse
         return pair.margin
+
+
+def _thinned(listed: tuple[ListedPair, ...], mode: PairMode) -> list[ListedPair]:
+    """The listed pairs that `mode` keeps, in their order."""
+    edges = {(p.better, p.worse) for p in listed}
+    beaten = {worse for _, worse in edges}
+    if mode == "best_vs_rest":
+        return [p for p in listed if p.better not in beaten]
+    if mode == "adjacent":
+        return [p for p in listed if not any((p.better, c) in edges and (c, p.worse) in edges for c in beaten)]
+    return list(listed)

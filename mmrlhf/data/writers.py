@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mmrlhf.data.fields import has_placeholder
 from mmrlhf.data.images import image_bytes
 from mmrlhf.data.schema import ImageRef, ListedPair, PreferenceGroup, Response
 
@@ -155,16 +156,20 @@ def _pairs(group: PreferenceGroup) -> Iterator[tuple[ListedPair, Response, Respo
 
 
 def _is_plain(group: PreferenceGroup) -> bool:
-    """One user turn: images, then videos, then one text, as `formats.user` builds it."""
+    """One user turn: images, then videos, then one text without a placeholder, as `fields.user` builds it."""
     if len(group.prompt) != 1 or group.prompt[0].role != "user":
         return False
     kinds = [p.type for p in group.prompt[0].content]
-    return kinds == ["image"] * len(group.images) + ["video"] * len(group.videos) + ["text"]
+    wanted = ["image"] * len(group.images) + ["video"] * len(group.videos) + ["text"]
+    return kinds == wanted and not has_placeholder(group.prompt[0].content[-1].text)
 
 
 def _plain_prompt(group: PreferenceGroup) -> str:
     if not _is_plain(group):
-        raise ValueError(f"{group.id}: this format holds one user turn, media first, then one text; use write_ranked")
+        raise ValueError(
+            f"{group.id}: this format holds one user turn, media first, then one text without <image> or <video>; "
+            "use write_ranked"
+        )
     return group.prompt[0].content[-1].text
 
 

@@ -5,9 +5,10 @@ ordinary causal problems: a prefix attends to itself, a response's queries atten
 aligned bottom-right. Keys of a response lie next to each other by position, so a sliding window means what it means
 in a row of its own. The layout travels as the keyword `mmrlhf_layout` through the model's forward, so a gradient
 checkpoint's recompute sees it too; without it (generate, ordinary forwards) the function is transformers' sdpa.
+Where image tokens attend to each other in both directions (`Packing.blocks`), a prefix gets a mask of its own.
 
 CUDA in bf16/fp16: one varlen call for all sequences (`torch.nn.attention.varlen` or flash-attn), each checked against
-a dense mask on its first use. Elsewhere: SDPA a sequence. Not covered: soft-capped attention scores, sinks, chunks.
+a dense mask on its first use. Elsewhere, and with blocks: SDPA a sequence. Not covered: soft-capped scores, sinks.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ class Packing:
 
     `lengths`: pieces in order (prefix, its responses, the next prefix, …), summing to T.
     `prefix_of`: for each piece, the index of its prefix piece; a prefix's own index for a prefix.
+    `blocks`: [T] int64, tokens of one number >= 0 in one prefix attend to each other in both directions; -1: causal.
     """
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, *, blocks: Tensor | None = None):
+        self.blocks = blocks
         self.lengths: list[int] = []
         self.prefix_of: list[int] = []
         for prefix, responses in zip(layout.prefix_len, layout.response_len, strict=True):
@@ -44,6 +47,7 @@ class Packing:
             self.lengths += [prefix, *responses]
             self.prefix_of += [index] * (1 + len(responses))
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+        self._block_masks: dict[tuple[int, int | None], Tensor] = {}
         self._cumulative: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -75,6 +79,22 @@ class Packing:
             mask = distance >= 0
             self._masks[key] = mask if window is None else mask & (distance < window)
         return self._masks[key]
+
+    def prefix_mask(self, index: int, window: int | None) -> Tensor:
+        """[P, P] mask of prefix `index` with its blocks: (causal or same block), and no further back than `window`.
+
+        transformers' composition (create_masks_for_vision_model): a window cuts a block's past, never its future.
+        """
+        assert self.blocks is not None
+        key = (index, window)
+        if key not in self._block_masks:
+            start, length = sum(self.lengths[:index]), self.lengths[index]
+            block = self.blocks[start : start + length]
+            position = torch.arange(length, device=block.device)
+            distance = position[:, None] - position
+            mask = (distance >= 0) | ((block[:, None] == block) & (block >= 0))
+            self._block_masks[key] = mask if window is None else mask & (distance < window)
+        return self._block_masks[key]
 
 
 def register() -> None:
@@ -120,7 +140,12 @@ def attention(
             f"a packed batch is one row of {sum(packing.lengths)} tokens, attention got query {tuple(query.shape)}"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    run = packed_attention(query.device, query.dtype, query.shape[-1], value.shape[-1], windowed=bool(sliding_window))
+    if packing.blocks is not None:  # varlen kernels know causal masks only
+        run: Callable[..., Tensor] = sdpa_per_sequence
+    else:
+        run = packed_attention(
+            query.device, query.dtype, query.shape[-1], value.shape[-1], windowed=bool(sliding_window)
+        )
     out = run(query[0], key[0], value[0], packing, scale=scale, window=sliding_window or None, dropout=dropout)
     return out[None], None
 
@@ -184,7 +209,10 @@ def sdpa_per_sequence(
         k, v = keys[index], values[index]
         if prefix != index:
             k, v = torch.cat((keys[prefix], k), dim=1), torch.cat((values[prefix], v), dim=1)
-        mask = packing.mask(queries[index].shape[1], k.shape[1], window, query.device)
+        if prefix == index and packing.blocks is not None:
+            mask: Tensor | None = packing.prefix_mask(index, window)
+        else:
+            mask = packing.mask(queries[index].shape[1], k.shape[1], window, query.device)
         pieces.append(
             scaled_dot_product_attention(
                 queries[index][None],

@@ -10,7 +10,6 @@ Not covered: quantised loading, sharding over devices (the caller moves the mode
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -21,13 +20,12 @@ import torch
 from torch import nn
 
 from mmrlhf.models.parts import Head, base_model, image_token_ids, lm_head
-from mmrlhf.models.processors import has_torchvision, image_backend, processor_from_folder
+from mmrlhf.models.processors import has_torchvision, image_backend, processor_from_folder, read_json
 
 __all__ = [
     "Head",
     "base_model",
     "check_pair",
-    "check_reference",
     "image_backend",
     "lm_head",
     "load_model",
@@ -42,6 +40,17 @@ _DTYPES = {
     "float64": torch.float64,
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_PROCESSOR_FILES = (
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 logger = logging.getLogger(__name__)
 
@@ -69,8 +78,9 @@ def load_model(
     if (folder / "adapter_config.json").is_file():
         return _load_adapter(folder, wanted, device, trust_remote_code)
     config = _config(folder, trust_remote_code)
+    read_json(folder / "generation_config.json")
     check_weights(folder)
-    model, info = _auto_class(config).from_pretrained(
+    model, info = auto_class(config).from_pretrained(
         folder,
         config=config,
         dtype=wanted,
@@ -94,14 +104,16 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False, revisio
     """The processor of a local folder or hub id; it saves and reloads like any other.
 
     Works with torchvision and without (images through PIL, videos as lists of frames where `frames` says so); raises
-    RuntimeError for a torchvision that is installed but broken, ValueError for code that would come from the hub
-    unless `trust_remote_code`.
+    RuntimeError for a torchvision that is installed but broken, ValueError for a file that is not JSON (naming it), and
+    for code that would come from the hub unless `trust_remote_code`.
     """
     has_torchvision()
     folder = local_folder(path, trust_remote_code=trust_remote_code, revision=revision)
+    for file in _PROCESSOR_FILES:
+        read_json(folder / file)  # transformers' own error for a broken one does not name it
     if not trust_remote_code:
         for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-            _refuse_remote_code(folder, _read(folder / file), "AutoProcessor")
+            _refuse_remote_code(folder, read_json(folder / file), "AutoProcessor")
     return processor_from_folder(folder, trust_remote_code=trust_remote_code)
 
 
@@ -161,33 +173,20 @@ def check_pair(model: nn.Module, processor: Any) -> None:
         raise ValueError(f"the processor cuts patches of {own_patch} pixels, the model's vision tower takes {patch}")
 
 
-def check_reference(model: nn.Module, reference: nn.Module, processor: Any = None, other: Any = None) -> None:
-    """Raise ValueError if a reference model cannot score the policy's tokens: vocabulary, markers or tokenizer differ.
+def named_folder(path: str | Path, *, revision: str | None = None) -> Path | None:
+    """The folder that `path` is, or None for what may be a hub id; touches no network.
 
-    `processor` and `other` are the policy's and the reference's, where both are at hand.
+    Raises FileNotFoundError for what can be neither, ValueError for a revision of a local folder.
     """
-    mine, theirs = base_model(model), base_model(reference)
-    rows = [lm_head(each).weight.shape[0] for each in (model, reference)]
-    if rows[0] != rows[1]:
-        raise ValueError(f"the policy's vocabulary has {rows[0]} rows, the reference's {rows[1]}")
-    markers = [image_token_ids(each.config) for each in (mine, theirs)]
-    if markers[0] != markers[1]:
-        raise ValueError(f"the policy's placeholder tokens are {markers[0]}, the reference's {markers[1]}")
-    if processor is None or other is None:
-        return
-    tokenizers = [getattr(each, "tokenizer", each) for each in (processor, other)]
-    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
-    if vocabularies[0] != vocabularies[1]:
-        differ = sorted(token for token, index in vocabularies[0].items() if vocabularies[1].get(token) != index)
-        extra = sorted(set(vocabularies[1]) - set(vocabularies[0]))
-        raise ValueError(f"the tokenizers of policy and reference differ, in {_few(differ + extra)}")
-    settings = [
-        getattr(each, "image_processor").to_dict() if hasattr(each, "image_processor") else {}  # noqa: B009
-        for each in (processor, other)
-    ]
-    changed = sorted(key for key in settings[0].keys() | settings[1].keys() if _differs(settings, key))
-    if changed:
-        raise ValueError(f"the image processors of policy and reference differ in {_few(changed)}")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision names a commit of a hub id, got {revision!r}; {folder} is a local folder")
+        return folder
+    text = str(path)
+    if not _HUB_ID.fullmatch(text) or text.startswith(".") or folder.exists():
+        raise FileNotFoundError(f"{path} is neither a folder nor a hub id (owner/name)")
+    return None
 
 
 def local_folder(path: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Path:
@@ -195,12 +194,10 @@ def local_folder(path: str | Path, *, trust_remote_code: bool = False, revision:
 
     A pinned commit that is cached is taken from there without the network, and so is everything in offline mode.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    folder = named_folder(path, revision=revision)
+    if folder is not None:
         return folder
     text = str(path)
-    if not _HUB_ID.fullmatch(text) or text.startswith(".") or folder.exists():
-        raise FileNotFoundError(f"{path} is neither a folder nor a hub id (owner/name)")
     if trust_remote_code and revision is None:
         raise ValueError(
             f"trust_remote_code=True runs code from {text}: pin the revision you have read, revision=<commit hash>"
@@ -225,6 +222,16 @@ def local_folder(path: str | Path, *, trust_remote_code: bool = False, revision:
     raise AssertionError("unreachable")
 
 
+def read_config(path: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The config of a folder or hub id, without its weights; of an adapter folder, that of its base model."""
+    folder = local_folder(path, trust_remote_code=trust_remote_code, revision=revision)
+    settings = read_json(folder / "adapter_config.json")
+    base = settings.get("base_model_name_or_path")
+    if base:
+        return read_config(base, trust_remote_code=trust_remote_code, revision=_base_revision(settings))
+    return _config(folder, trust_remote_code)
+
+
 def check_weights(folder: Path, *, names: Iterable[str] = _WEIGHTS) -> list[Path]:
     """The safetensors shards of a folder, each opened and its header checked; ValueError naming the file at fault.
 
@@ -233,7 +240,7 @@ def check_weights(folder: Path, *, names: Iterable[str] = _WEIGHTS) -> list[Path
     """
     single, index = (folder / name for name in names)
     if index.is_file():
-        listed = _read(index).get("weight_map")
+        listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise ValueError(f"{index} has no weight_map")
         expected: dict[str, set[str]] = {}
@@ -272,7 +279,7 @@ def _load_adapter(folder: Path, dtype: Any, device: torch.device | str, trust_re
     """A LoRA folder on the base model it names."""
     from peft import PeftModel
 
-    settings = _read(folder / "adapter_config.json")
+    settings = read_json(folder / "adapter_config.json")
     base = settings.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{folder / 'adapter_config.json'} names no base_model_name_or_path")
@@ -282,16 +289,22 @@ def _load_adapter(folder: Path, dtype: Any, device: torch.device | str, trust_re
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        revision=settings.get("revision"),
+        revision=_base_revision(settings),
     )
     return PeftModel.from_pretrained(model, str(folder), is_trainable=True, local_files_only=True).to(device).train()
+
+
+def _base_revision(settings: dict[str, Any]) -> str | None:
+    """The commit an adapter was trained on; peft keeps it also where the base is a local folder, which has none."""
+    local = Path(settings["base_model_name_or_path"]).expanduser().is_dir()
+    return None if local else settings.get("revision")
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    raw = _read(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if not raw:
         raise ValueError(f"{folder} has no config.json: it is not a model folder")
     if raw.get("model_type") not in CONFIG_MAPPING:
@@ -322,7 +335,7 @@ def _is_native(class_name: str) -> bool:
     return processor_class_from_name(class_name) is not None
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """The auto class of a vision-language model, or of a text-only one."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -333,23 +346,6 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
-def _differs(settings: list[dict[str, Any]], key: str) -> bool:
-    # Class names differ between the PIL and the torchvision backend of the same processor.
-    return key != "image_processor_type" and settings[0].get(key) != settings[1].get(key)
-
-
 def _few(names: Iterable[Any], most: int = 4) -> str:
     listed = [str(name) for name in names]
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, it holds a {type(found).__name__}")
-    return found

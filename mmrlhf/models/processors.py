@@ -4,6 +4,7 @@ transformers needs torchvision for every video processor, and refuses to build o
 (LLaVA-OneVision, Qwen-VL, InternVL, SmolVLM) where torchvision is missing, although images need none of it. Here the
 image side is loaded as transformers would (its PIL backend) and `frames.FrameProcessor` stands in for the video side:
 it keeps the saved settings, so that saving writes what was read, and takes lists of frames where that is simple.
+Pixtral's processor (also Mistral 3's) has no video side; only an import of its keeps it from working: `pixtral_class`.
 
 Pixels of the two backends differ by up to 0.26 for Qwen (0.016 elsewhere), ids never: `image_backend` names the one
 in use, for cache keys. Not covered: audio, and processors whose code comes from the hub.
@@ -15,6 +16,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,23 @@ def processor_scope() -> Iterator[None]:
                 setattr(module, name, value)
 
 
+def pixtral_class() -> Any:
+    """transformers' PixtralProcessor, with torchvision or without.
+
+    Its module takes one helper from the torchvision image processor's module, and the PIL one has the same; without
+    torchvision that one stands in while the module is imported.
+    """
+    name = "transformers.models.pixtral.processing_pixtral"
+    if has_torchvision() or name in sys.modules:
+        return importlib.import_module(name).PixtralProcessor
+    pixels = "transformers.models.pixtral.image_processing_pixtral"
+    sys.modules[pixels] = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
+    try:
+        return importlib.import_module(name).PixtralProcessor
+    finally:
+        del sys.modules[pixels]
+
+
 def build_video_processor(settings: dict[str, Any], image_processor: Any) -> Any:
     """The video processor that `settings` (a saved video processor config) describes.
 
@@ -107,13 +126,13 @@ def processor_from_folder(folder: Path, *, trust_remote_code: bool = False) -> A
     name = _processor_class_name(folder)
     processor_class = _class_of(name) if name else None
     attributes = processor_class.get_attributes() if processor_class else []
-    if "video_processor" not in attributes:
+    if "video_processor" not in attributes and name != "PixtralProcessor":
         return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    return _with_frames(folder, processor_class, attributes)
+    return _by_parts(folder, processor_class, attributes)
 
 
-def _with_frames(folder: Path, processor_class: Any, attributes: list[str]) -> Any:
-    """Build a processor part by part, with the stand-in as its video processor."""
+def _by_parts(folder: Path, processor_class: Any, attributes: list[str]) -> Any:
+    """Build a processor part by part, with the stand-in as its video processor if it has one."""
     from transformers import AutoTokenizer
 
     # From its own module: before 5.18 the package's top level hides it without torchvision.
@@ -136,7 +155,8 @@ def _with_frames(folder: Path, processor_class: Any, attributes: list[str]) -> A
                 f"{folder}: {processor_class.__name__} has a part {attribute!r} that mmrlhf does not know; "
                 "install torchvision to load it the ordinary way"
             )
-    parts["video_processor"] = build_video_processor(_video_settings(folder), parts["image_processor"])
+    if "video_processor" in attributes:
+        parts["video_processor"] = build_video_processor(_video_settings(folder), parts["image_processor"])
     with processor_scope():
         saved, _ = processor_class.get_processor_dict(folder, local_files_only=True)
         return processor_class.from_args_and_dict([parts[attribute] for attribute in attributes], saved)
@@ -144,31 +164,35 @@ def _with_frames(folder: Path, processor_class: Any, attributes: list[str]) -> A
 
 def _video_settings(folder: Path) -> dict[str, Any]:
     """What the folder says about its video processor, from whichever file its transformers version wrote."""
-    nested = _read(folder / "processor_config.json").get("video_processor")
-    return nested or _read(folder / "video_preprocessor_config.json") or _read(folder / "preprocessor_config.json")
+    nested = read_json(folder / "processor_config.json").get("video_processor")
+    return (
+        nested or read_json(folder / "video_preprocessor_config.json") or read_json(folder / "preprocessor_config.json")
+    )
 
 
 def _processor_class_name(folder: Path) -> str | None:
     """The processor's class name, from the files AutoProcessor reads, in its order; then from the model type."""
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json"):
-        name = _read(folder / file).get("processor_class")
+        name = read_json(folder / file).get("processor_class")
         if name:
             return name
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    return PROCESSOR_MAPPING_NAMES.get(_read(folder / "config.json").get("model_type", ""))
+    return PROCESSOR_MAPPING_NAMES.get(read_json(folder / "config.json").get("model_type", ""))
 
 
 def _class_of(name: str) -> Any:
     from transformers.models.auto.processing_auto import processor_class_from_name
 
+    if name == "PixtralProcessor":
+        return pixtral_class()
     found = processor_class_from_name(name)
     if found is None:
         raise ValueError(f"the processor class {name} is not in this version of transformers; upgrade transformers")
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,15 @@ from mmrlhf.batch import GroupBatch, Layout, cumulative, layout_of, score_rows, 
 from mmrlhf.models import attention
 from mmrlhf.models.parts import (
     base_model,
-    decoder,
     image_token_ids,
     inner_model,
     lm_head,
     text_config,
 )
+from mmrlhf.models.sharing import can_share, image_blocks
 from mmrlhf.models.vision import PER_TOKEN, VisionFeatures, decoder_inputs, encode, is_trained
 
+__all__ = ["SelfCheck", "can_share", "packed_inputs", "position_ids", "prepare", "response_hidden", "self_check"]
 logger = logging.getLogger(__name__)
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose way of running was logged
 # Relative error allowed between two exact paths: rounding only. A wrong mask is off by 0.1 to 1.
@@ -104,35 +105,6 @@ def position_ids(model: nn.Module, batch: GroupBatch, layout: Layout) -> Tensor:
     return torch.cat(pieces, dim=1).to(batch.input_ids.device)
 
 
-def can_share(model: nn.Module) -> tuple[bool, str]:
-    """(whether packed rows are exact for this decoder, why or why not)."""
-    config, inner, text = text_config(model), inner_model(model), decoder(model)
-    if getattr(base_model(model).config, "is_encoder_decoder", False):
-        return False, "it is an encoder-decoder"
-    if getattr(config, "cross_attention_layers", None):
-        return False, "its decoder attends to images by cross-attention"
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    if odd:
-        return False, f"its decoder has {', '.join(odd)} layers, whose state runs through the whole row"
-    if any(type(module).__name__.endswith(("Mamba", "Mixer2", "DeltaNet")) for module in text.modules()):
-        return False, "its decoder has recurrent layers, whose state runs through the whole row"
-    if getattr(config, "attn_logit_softcapping", None):
-        return False, "its attention scores are soft-capped, which the packed attention does not do"
-    rope = getattr(config, "rope_parameters", None) or {}
-    # One dict, or one for each layer type.
-    found = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
-    scaled = sorted(found & {"dynamic", "longrope"})
-    if scaled:
-        return False, f"its {', '.join(scaled)} positions depend on the batch's longest row"
-    namespace = vars(sys.modules[type(inner).__module__])
-    bidirectional = "token_type_ids" in inspect.signature(inner.forward).parameters
-    if bidirectional or "get_block_sequence_ids_for_mask" in namespace:
-        return False, "its image tokens attend to each other in both directions"
-    if not getattr(text, "_supports_attention_backend", False):
-        return False, f"{type(text).__name__} does not take its attention from transformers' registry"
-    return True, "every layer is causal attention"
-
-
 @dataclass(frozen=True)
 class SelfCheck:
     """What `self_check` found. Errors are relative: |difference| / |separate rows|, the worst response."""
@@ -193,15 +165,36 @@ def _packed(
     positions: Tensor,  # [1 or 3, T]
 ) -> Tensor:
     """[N, H] from one row."""
-    _use_packed_attention(model)
     module, inputs = decoder_inputs(model, input_ids[None], vision)
-    # A 4-D mask is passed on untouched: without one, transformers would build a T x T mask, and would take positions
-    # that restart for packed documents, cutting responses off from their prefix. `attention` does not read it.
-    inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-    inputs["position_ids"] = positions[:, None] if positions.shape[0] == 3 else positions
-    inputs[attention.KEYWORD] = attention.Packing(layout)
+    inputs |= packed_inputs(model, input_ids, layout, positions)
     hidden = module(**inputs, use_cache=False).last_hidden_state[0]  # [T, H]
     return hidden[score_rows(layout).to(hidden.device, non_blocking=True)]
+
+
+def packed_inputs(
+    model: nn.Module,
+    input_ids: Tensor,  # [T]
+    layout: Layout,
+    positions: Tensor | None = None,  # [1 or 3, T]; plain ones where there are none
+) -> dict[str, Any]:
+    """What a packed row's forward takes besides ids or embeddings: positions, layout, and a mask nobody reads.
+
+    A 4-D mask is passed on untouched: without one, transformers would build a T x T mask, and would take positions that
+    restart for packed documents, cutting responses off from their prefix.
+    """
+    _use_packed_attention(model)
+    if positions is None:
+        positions = text_positions(layout).to(input_ids.device)
+        positions = positions.expand(3, -1) if hasattr(inner_model(model), "get_rope_index") else positions
+    untouched = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    blocks = image_blocks(model, input_ids)
+    # Where there are blocks the model would make masks by layer type; a dict says that they are made already.
+    types = ("full_attention", "sliding_attention")
+    return {
+        "attention_mask": untouched if blocks is None else dict.fromkeys(types, untouched),
+        "position_ids": positions[:, None] if positions.shape[0] == 3 else positions,
+        attention.KEYWORD: attention.Packing(layout, blocks=blocks),
+    }
 
 
 def _apart(

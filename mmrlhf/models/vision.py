@@ -85,6 +85,12 @@ def encode(model: nn.Module, batch: GroupBatch, *, grad: bool = False) -> Vision
     if not inputs:
         return VisionFeatures()
     inner = inner_model(model)
+    pooled = sorted(key for key in inputs if key.endswith("_token_pooling"))
+    if pooled:
+        raise ValueError(
+            f"the batch's {pooled[0]} numbers the patches of one processor call, which joined prompts would mix up: "
+            f"{type(inner).__name__} (Molmo 2) is not supported"
+        )
     kinds = {"image": ("get_image_features", "pixel_values"), "video": ("get_video_features", "pixel_values_videos")}
     found: dict[str, Encoded] = {}
     used = set(_POSITION_INPUTS)
@@ -98,7 +104,9 @@ def encode(model: nn.Module, batch: GroupBatch, *, grad: bool = False) -> Vision
                     f"the batch has {pixels}, but {type(inner).__name__} has no {method}: it takes no {kind}s, or "
                     "takes them by cross-attention, which is not supported"
                 )
-            known = inspect.signature(function).parameters
+            known = set(inspect.signature(function).parameters)
+            if "kwargs" in known and kind == "image":  # older Llava hands Pixtral's sizes on without naming them
+                known |= {"image_sizes"} & set(inspect.signature(inner.forward).parameters)
             arguments = {key: value for key, value in inputs.items() if key in known}
             used |= set(arguments)
             arguments[pixels] = _as_parameters(arguments[pixels], inner)

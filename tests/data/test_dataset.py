@@ -80,7 +80,7 @@ def test_dataset_gives_what_the_encoder_gives(encoder, picture):
     groups.append(preference("only", "text", id="t"))
     e = encoder(segments="paper", gamma=5.0)
     direct = [e.encode(g) for g in groups]
-    pixels = direct[0].vision_bytes
+    pixels = sum(t.numel() * t.element_size() for t in direct[0].vision.values())
     for room, calls in ((1 << 30, 0), (pixels * 2, 4), (0, 4)):
         data = PreferenceDataset(groups, e, cache_bytes=room)
         made = []
@@ -101,6 +101,20 @@ def test_dataset_gives_what_the_encoder_gives(encoder, picture):
     assert torch.equal(data[-1].prefix_ids, data[4].prefix_ids)
     with pytest.raises(IndexError, match="group 5 of 5"):
         data[5]
+
+
+def test_margins_that_contradict_the_order_are_counted(encoder):
+    groups = [
+        preference(Response("yes", rank=1, score=1.0), Response("no", rank=2, score=3.0), id="ranks"),
+        preference(
+            Response("yes", score=2.0), Response("no", score=2.0), id="even", pairs=(ListedPair(0, 1),), ranked=False
+        ),
+        preference("yes", "no", "well", id="listed", pairs=(ListedPair(0, 1, -0.5), ListedPair(0, 2, 0.5))),
+        preference("yes", "no", id="none"),
+    ]
+    data = PreferenceDataset(groups, encoder())
+    assert data.contradicting_margins == 2
+    assert PreferenceDataset(groups[1:2], encoder()).contradicting_margins == 0
 
 
 def test_dataset_bad_groups(encoder, image, caplog):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrlhf.data.packing import plan_epoch, utilisation
+from mmrlhf.data.packing import over_budget, plan_epoch
 
 
 @given(
@@ -26,7 +26,9 @@ def test_every_group_once_and_no_batch_over_budget(lengths, per_step, budget, se
         for batch in step:
             assert batch
             assert sum(lengths[i] for i in batch) <= budget or len(batch) == 1
-    assert 0.0 <= utilisation(plan, lengths, budget) <= 1.0
+    alone = over_budget(lengths, budget)
+    assert alone == [i for i, n in enumerate(lengths) if n > budget]
+    assert all([i] in step for i in alone for step in plan if any(i in batch for batch in step))
 
 
 def test_the_plan_depends_on_seed_and_epoch_only():
@@ -49,8 +51,14 @@ ORDER = [4, 1, 5, 0, 2, 7, 3, 6]
 def test_first_fit_decreasing_fills_batches():
     plan = plan_epoch([6, 4, 5, 5, 3, 7], groups_per_step=6, tokens_per_batch=10, seed=0, epoch=0)
     assert len(plan[0]) == 3
-    assert utilisation(plan, [6, 4, 5, 5, 3, 7], 10) == 1.0
-    assert utilisation([], [], 10) == 0.0
+    assert [sum([6, 4, 5, 5, 3, 7][i] for i in batch) for batch in plan[0]] == [10, 10, 10]
+
+
+def test_groups_over_the_budget_are_told():
+    assert over_budget([5, 11, 10, 12], 10) == [1, 3]
+    assert over_budget([], 1) == []
+    with pytest.raises(ValueError, match="tokens_per_batch must be positive, got 0"):
+        over_budget([1], 0)
 
 
 @pytest.mark.parametrize(

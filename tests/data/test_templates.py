@@ -9,7 +9,7 @@ import torch
 
 from mmrlhf.data.collate import Encoder, PreferenceDataset, TooLong, collate
 from mmrlhf.data.readers import TooManyBadRows
-from mmrlhf.data.schema import BadRow, ImageRef, Response
+from mmrlhf.data.schema import BadRow, ImageRef, Message, Part, Response
 from records import (
     decode,
     preference,
@@ -54,15 +54,63 @@ def test_short_answers_that_occur_in_the_template(encoder):
     ("template", "message"),
     [
         (TRIMS.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "does not continue its generation prompt"),
-        (TRIMS.replace("c['text'] | trim", "c['text'] | upper"), "leaves out or changes message text"),
         (TRIMS.replace("c['text'] | trim", "c['text'] if m['role'] == 'user' else 'x'"), "changes an answer's text"),
-        (TRIMS.replace("| trim", "| replace('cats', 'rats')"), "changes an answer's text: 'two cats' became 'two rats"),
+        ("\n{% for m in messages %}{{ m['role'] }}", r"the chat template is not valid: .*'endfor'.* \(line 2\)"),
     ],
 )
 def test_unusable_templates_are_named(encoder, template, message):
     with pytest.raises(ValueError, match=message) as caught:
         encoder("llava", template).encode(preference("two cats", "three dogs"))
     assert not isinstance(caught.value, BadRow)  # no row is at fault
+
+
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+def systematic(*responses, **more):
+    """A preference with a system turn."""
+    base = preference(*responses, **more)
+    return dataclasses.replace(base, prompt=(Message("system", (Part("text", "be brief"),)), *base.prompt))
+
+
+def rewrites(condition, change):
+    """TRIMS with `change` made where `condition` holds of a text."""
+    return TRIMS.replace("{{ c['text'] | trim }}", f"{{{{ (c['text'] | {change}) if {condition} else c['text'] }}}}")
+
+
+@pytest.mark.parametrize(
+    ("template", "bad", "message"),
+    [
+        (REFUSES + TRIMS, systematic("yes", "no", id="bad"), "refuses the conversation: System role not supported"),
+        (
+            rewrites("'</think>' in c['text']", "replace('</think>', '')"),
+            preference("yes", "hm </think> no", id="bad"),
+            "changes an answer's text: 'hm </think> no' became 'hm  no",
+        ),
+        (
+            rewrites("'LOUD' in c['text']", "lower"),
+            preference("yes", "no", text="LOUD", id="bad"),
+            "leaves out or changes message text: 'LOUD'",
+        ),
+        (TRIMS + "{{ messages[1]['role'].x.y }}", preference("yes", "no", id="bad"), "refuses the conversation: .*no"),
+    ],
+    ids=["raise_exception", "answer", "prompt", "undefined"],
+)
+def test_what_a_template_refuses_is_a_bad_row(encoder, template, bad, message):
+    with pytest.raises(BadRow, match=message) as caught:
+        encoder("llava", template).encode(bad)
+    assert caught.value.source == "bad"
+
+
+def test_a_refused_row_is_skipped_and_the_cap_stops_a_template_that_refuses_all(encoder):
+    good = [preference("yes", "no", id=f"g{i}") for i in range(3)]
+    bad = systematic("yes", "no", id="bad")
+    e = encoder("llava", REFUSES + TRIMS)
+    data = PreferenceDataset([*good, bad], e, on_bad_row="skip", max_bad_rows=0.25)
+    assert (len(data), [d.source for d in data.dropped]) == (3, ["bad"])
+    always = encoder("llava", rewrites("true", "replace('yes', 'oui')"))
+    with pytest.raises(TooManyBadRows, match=r"3 of 3 groups are bad .*\n.*3 x the chat template changes an answer's"):
+        PreferenceDataset(good, always, on_bad_row="skip", max_bad_rows=0.25)
 
 
 def test_no_template_and_no_end_of_sequence(processor, tmp_path, tokenizer_maker):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import logging
 
 import pytest
 import torch
@@ -12,72 +10,14 @@ import torch
 from mmrlhf.batch import layout_of
 from mmrlhf.models import attention, shared_prefix, vision
 from mmrlhf.models.parts import inner_model, text_config, vision_parameters
+from ordinary import assert_same, ordinary_hidden, pair, relative
 from tiny import FAMILIES, TinyGroup, batch_of, ordinary_tokens, tiny_groups, tiny_image, tiny_model
 
-SHARING = tuple(family for family in FAMILIES if family != "gemma3")
-THREE = ("llava_onevision", "qwen2_5_vl", "qwen3_vl")  # plain positions, mRoPE, deepstack
-
-
-def ordinary_hidden(model, groups: list[TinyGroup]) -> torch.Tensor:
-    """[N, H]: each response as a full row of its own, with its own pixels, through the model's own forward."""
-    inner = inner_model(model)
-    pieces = []
-    for group in groups:
-        for response in group.responses:
-            ids = torch.tensor([group.prefix + response])
-            types = torch.tensor([group.token_types + [0] * len(response)])
-            extra = {"token_type_ids": types, "mm_token_type_ids": types}
-            extra = {
-                name: value for name, value in extra.items() if name in inspect.signature(inner.forward).parameters
-            }
-            pixels = {
-                name: value.to(inner.dtype) if value.is_floating_point() else value
-                for name, value in group.vision.items()
-            }
-            out = inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **pixels, **extra)
-            first = len(group.prefix) - 1
-            pieces.append(out.last_hidden_state[0, first : first + len(response)])
-    return torch.cat(pieces)
-
-
-def gradients(model, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradient of a fixed random linear functional of the hidden states, for every parameter that trains."""
-    generator = torch.Generator().manual_seed(7)
-    direction = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.dtype)
-    model.zero_grad()
-    (hidden * direction).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model, other, hidden, want, *, tolerance: float):
-    """Values and every gradient within a relative tolerance (L2, a tensor)."""
-    assert hidden.shape == want.shape
-    assert relative(hidden, want) <= tolerance
-    got, expected = gradients(model, hidden), gradients(other, want)
-    assert got.keys() == expected.keys()
-    assert got
-    largest = torch.stack([g.norm() for g in expected.values()]).max()
-    for name, want_grad in expected.items():
-        # A tower's key bias shifts all scores of a query alike: its gradient is zero, and rounding is all there is.
-        if want_grad.norm() <= 1e-7 * largest:
-            assert got[name].norm() <= 1e-7 * largest, name
-        else:
-            assert relative(got[name], want_grad) <= tolerance, name
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got - want).norm() / want.norm()).item()
-
-
-def pair(family: str, **text):
-    """Two models with the same weights, the second never touched by the packed path, and a processor."""
-    model, processor = tiny_model(family, **text)
-    other = copy.deepcopy(model)
-    return model, other, processor
+FOUR = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "gemma3")  # plain positions, mRoPE, deepstack, image blocks
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("family", SHARING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equals_ordinary_rows(family, share):
     """K = 1, 2 and 5 responses, mixed lengths, one, two and no images of different sizes, in one batch."""
     model, other, processor = pair(family)
@@ -86,7 +26,7 @@ def test_equals_ordinary_rows(family, share):
     assert_same(model, other, hidden, ordinary_hidden(other, groups), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("family", SHARING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_path_of_older_transformers(family, monkeypatch):
     """Without mm_encoder_outputs (transformers < 5.18) features are scattered into the embeddings."""
     monkeypatch.setattr(vision, "takes_encoder_outputs", lambda inner: False)
@@ -98,7 +38,7 @@ def test_embeddings_path_of_older_transformers(family, monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", THREE)
+@pytest.mark.parametrize("family", FOUR)
 def test_with_lora_and_gradient_checkpointing(family, lora, checkpointing):
     if not lora and not checkpointing:
         pytest.skip("covered by test_equals_ordinary_rows")
@@ -130,89 +70,7 @@ def test_sliding_window_layers(window):
     assert_same(model, other, hidden, ordinary_hidden(other, groups), tolerance=1e-5)
 
 
-def test_gemma3_runs_padded_rows_and_says_so_once(caplog):
-    """Its image tokens attend in both directions, so it is not packed; the result is the same."""
-    model, other, processor = pair("gemma3")
-    groups = tiny_groups(processor, (2, 3, 1), seed=7, images=(1, 2, 0))
-    with caplog.at_level(logging.INFO, logger="mmrlhf"):
-        hidden = shared_prefix.response_hidden(model, batch_of(groups))
-        shared_prefix.response_hidden(model, batch_of(groups))
-    said = [record.getMessage() for record in caplog.records if "separate rows" in record.getMessage()]
-    assert len(said) == 1
-    assert "both directions" in said[0]
-    assert_same(model, other, hidden, ordinary_hidden(other, groups), tolerance=1e-5)
-
-
-def qwen3_5():
-    """A tiny Qwen3.5 (linear attention and full attention in turn) with the processor of Qwen3-VL."""
-    import transformers as tf
-
-    reference, processor = tiny_model("qwen3_vl")
-    text = {
-        **{name: getattr(reference.config.text_config, name) for name in ("vocab_size", "hidden_size")},
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "pad_token_id": processor.tokenizer.pad_token_id,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [2, 1, 1],
-            "mrope_interleaved": True,
-            "partial_rotary_factor": 0.5,
-        },
-    }
-    own = reference.config.vision_config
-    picture = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
-    picture |= {"patch_size": own.patch_size, "spatial_merge_size": 2, "num_position_embeddings": 16}
-    markers = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = tf.Qwen3_5Config(
-        text_config=text, vision_config=picture, **{name: getattr(reference.config, name) for name in markers}
-    )
-    torch.manual_seed(0)
-    return tf.Qwen3_5ForConditionalGeneration(config).train(), processor
-
-
-def test_linear_attention_is_detected_and_runs_padded_rows(caplog):
-    model, processor = qwen3_5()
-    shared, reason = shared_prefix.can_share(model)
-    assert not shared
-    assert "linear_attention" in reason
-    other = copy.deepcopy(model)
-    groups = tiny_groups(processor, (2, 3), seed=8)
-    with caplog.at_level(logging.WARNING, logger="mmrlhf"):
-        hidden = shared_prefix.response_hidden(model, batch_of(groups))
-    assert sum("cannot share a prompt" in record.getMessage() for record in caplog.records) == 1
-    assert_same(model, other, hidden, ordinary_hidden(other, groups), tolerance=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"attn_logit_softcapping": 50.0}, "soft-capped"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "dynamic"),
-        ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
-        ({"cross_attention_layers": [1]}, "cross-attention"),
-    ],
-)
-def test_can_share_says_why_not(change, word):
-    model, _ = tiny_model("llava")
-    assert shared_prefix.can_share(model)[0]
-    for name, value in change.items():
-        setattr(text_config(model), name, value)
-    shared, reason = shared_prefix.can_share(model)
-    assert not shared
-    assert word in reason
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_onevision"])
 def test_positions_are_the_models_own_for_each_row(family):
     model, processor = tiny_model(family)
     groups = tiny_groups(processor, (2, 3, 1), seed=9, images=(2, 1, 0))
@@ -235,7 +93,7 @@ def test_positions_are_the_models_own_for_each_row(family):
                 want = inner.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)[0][:, 0]
             assert torch.equal(row, want)
     assert at == sum(layout.group_len)
-    assert found.shape[0] == (3 if "qwen" in family else 1)
+    assert found.shape[0] == (1 if family == "llava_onevision" else 3)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -291,7 +149,7 @@ def test_frozen_features_are_reused_and_give_the_same(family):
         assert relative(hidden, want) <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "gemma3", "idefics3"])
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "gemma3", "idefics3", "mistral3", "glm4v"])
 def test_batches_of_the_data_room(family, tmp_path):
     """What `data.collate` makes, token types included, with a group of text alone in the middle."""
     from mmrlhf.data.collate import Encoder, collate
@@ -356,7 +214,7 @@ def test_self_check_passes_and_leaves_the_model_alone(family):
     assert check.max_error < 1e-5
     assert check.head_error < 1e-6
     assert check.responses == 5
-    assert check.shared == (family != "gemma3")
+    assert check.shared
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -367,8 +225,8 @@ def test_self_check_stops_on_a_mismatch_with_both_figures(monkeypatch):
     batch = batch_of(tiny_groups(processor, (2, 3)))
     real = attention.Packing.__init__
 
-    def blind(self, layout):
-        real(self, layout)
+    def blind(self, layout, **options):
+        real(self, layout, **options)
         self.prefix_of = list(range(len(self.lengths)))
 
     monkeypatch.setattr(attention.Packing, "__init__", blind)
