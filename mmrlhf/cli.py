@@ -1,4 +1,4 @@
-"""The command `mmrlhf`: train, reference, data check, data view, demo, doctor.
+"""The command `mmrlhf`: train, reference, trl, data check, data view, demo, doctor.
 
 What a user can get wrong (a setting, a path, a row, a missing package) is one line on stderr and exit code 2; a run
 that fails on its way is exit code 1; one stopped by a signal is 128 + the signal's number. `--debug` shows the
@@ -9,30 +9,56 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-USER_ERROR, FAILURE = 2, 1
+USER_ERROR, FAILURE, BROKEN_PIPE = 2, 1, 128 + 13  # SIGPIPE
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = build_parser()
-    arguments = parser.parse_args(words)
+    arguments, rest = parser.parse_known_args(words)
+    # argparse gives settings up at the first option: those after it (train RECIPE --plan key=value) come back here.
+    if rest and (not hasattr(arguments, "settings") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.settings += rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        return int(arguments.run(arguments) or 0)
+        code = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError as error:
+        return BROKEN_PIPE if _unread() else _fail(error, arguments.debug, FAILURE)
     except (ValueError, TypeError, FileNotFoundError, NotADirectoryError, FileExistsError, ImportError) as error:
         return _fail(error, arguments.debug, USER_ERROR)
     except (RuntimeError, OSError, MemoryError) as error:
         return _fail(error, arguments.debug, FAILURE)
     except KeyboardInterrupt:
         return 130
+
+
+def _unread() -> bool:
+    """Whether nobody reads stdout any more (`mmrlhf … | head`), which is no failure; then it leads nowhere."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file of the system's
+        return False
+    poller = select.poll()
+    poller.register(stdout, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0)):
+        return False
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stdout)  # or the interpreter's own flush at exit would fail
+    return True
 
 
 def _fail(error: BaseException, debug: bool, code: int) -> int:
@@ -65,11 +91,23 @@ def build_parser() -> argparse.ArgumentParser:
             "recipe", nargs="?", help="a YAML file, or the name of a recipe: dpo, rlhf_v, rlhf_v_released, mm_dpo"
         )
         command.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-6")
+        if name == "train":
+            text = "say what the run would do and how much memory it would take, and do nothing else"
+            command.add_argument("--plan", action="store_true", help=text)
         command.set_defaults(run=function)
+
+    text = "train as `trl dpo --config` does, on mmrlhf's collator, forward and losses"
+    hosted = commands.add_parser("trl", help=text, description=text, parents=[debug], allow_abbrev=False)
+    hosted.add_argument("config", help="a YAML file with the keys of `trl dpo` and of PreferenceConfig")
+    hosted.add_argument("words", nargs=argparse.REMAINDER, metavar="--key value", help="settings that go before it")
+    hosted.set_defaults(run=_trl)
 
     data = commands.add_parser("data", help="look at preference data").add_subparsers(required=True, metavar="COMMAND")
     check = data.add_parser("check", help="say what a file holds, and what is wrong with it", parents=[debug])
     check.add_argument("--model", help="count tokens with the processor of this folder or hub id")
+    check.add_argument("--revision", help="the commit of a hub id given as --model")
+    check.add_argument("--trust-remote-code", action="store_true", help="run code that comes with --model")
+    check.add_argument("--pairs", default="all", choices=("all", "adjacent", "best_vs_rest"), help="default: all")
     check.set_defaults(run=_check)
     view = data.add_parser("view", help="write a page that shows the first groups", parents=[debug])
     view.add_argument("-o", "--output", help="the page; default: beside the data")
@@ -113,6 +151,11 @@ def _train(arguments: argparse.Namespace) -> int:
     from mmrlhf.train.loop import train
 
     settings = _settings(arguments)
+    if arguments.plan:
+        from mmrlhf.train.plan import plan
+
+        print(plan(settings).text())
+        return 0
     folder = train(settings)
     print(f"the model lies in {folder / 'model'}")
     if settings.report:
@@ -132,6 +175,13 @@ def _reference(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _trl(arguments: argparse.Namespace) -> int:
+    from mmrlhf.integrations.trl_yaml import run
+
+    print(f"the model lies in {run(arguments.config, arguments.words)}")
+    return 0
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from mmrlhf.data.check import check
 
@@ -139,8 +189,12 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.model:
         from mmrlhf.models.load import load_processor
 
-        processor = load_processor(arguments.model)
-    report = check(arguments.path, format=arguments.format, root=arguments.root, processor=processor)
+        processor = load_processor(
+            arguments.model, trust_remote_code=arguments.trust_remote_code, revision=arguments.revision
+        )
+    report = check(
+        arguments.path, format=arguments.format, root=arguments.root, processor=processor, pairs=arguments.pairs
+    )
     print(report.text())
     return report.status
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,11 @@ LOSS_KINDS = (
     "simpo",
     "orpo",
 )
+
+BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
+
+# Kinds for which label_smoothing means something; for exo_pair it has to be above 0.
+SMOOTHED_KINDS = ("sigmoid", "robust", "exo_pair", "simpo")
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -71,8 +77,10 @@ class LoraConfig:
 
     def __post_init__(self):
         _require(self.r > 0, "lora.r", self.r, "a positive integer")
-        _require(self.alpha > 0, "lora.alpha", self.alpha, "positive")
+        _require(math.isfinite(self.alpha) and self.alpha > 0, "lora.alpha", self.alpha, "finite and positive")
         _require(0.0 <= self.dropout < 1.0, "lora.dropout", self.dropout, "in [0, 1)")
+        given = bool(self.targets) or not self.enabled
+        _require(given, "lora.targets", self.targets, "at least one name where lora.enabled is true")
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,9 @@ class DataConfig:
         if self.segments is not None:
             _one_of("data.segments", self.segments, ("paper", "muffin"))
         _require(math.isfinite(self.gamma) and self.gamma > 0, "data.gamma", self.gamma, "finite and positive")
+        _require(
+            self.gamma == 1.0 or self.segments is not None, "data.gamma", self.gamma, "1 where data.segments is not set"
+        )
         _require(self.video_frames > 0, "data.video_frames", self.video_frames, "positive")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
@@ -123,6 +134,18 @@ class LossConfig:
         _one_of("loss.reduction", self.reduction, ("sum", "mean"))
         _require(0.0 <= self.label_smoothing < 0.5, "loss.label_smoothing", self.label_smoothing, "in [0, 0.5)")
         _require(
+            self.label_smoothing == 0.0 or self.kind in SMOOTHED_KINDS,
+            "loss.label_smoothing",
+            self.label_smoothing,
+            f"0 for loss.kind {self.kind}; it means something for {', '.join(SMOOTHED_KINDS)}",
+        )
+        _require(
+            self.label_smoothing > 0.0 or self.kind != "exo_pair",
+            "loss.label_smoothing",
+            self.label_smoothing,
+            "above 0 for loss.kind exo_pair (1e-3 is usual)",
+        )
+        _require(
             math.isfinite(self.sft_weight) and self.sft_weight >= 0, "loss.sft_weight", self.sft_weight, "0 or more"
         )
 
@@ -142,7 +165,10 @@ class OptimConfig:
         _require(0.0 <= self.warmup <= 1.0, "optim.warmup", self.warmup, "in [0, 1]")
         _require(0.0 <= self.final_lr <= 1.0, "optim.final_lr", self.final_lr, "in [0, 1]")
         _require(math.isfinite(self.clip) and self.clip >= 0, "optim.clip", self.clip, "0 or more")
-        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        decay = self.weight_decay
+        _require(math.isfinite(decay) and decay >= 0, "optim.weight_decay", decay, "finite and 0 or more")
+        _require(all(0.0 <= beta < 1.0 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        _require(math.isfinite(self.eps) and self.eps > 0, "optim.eps", self.eps, "finite and positive")
 
 
 @dataclass(frozen=True)
@@ -178,7 +204,17 @@ class TrainConfig:
 
     def __post_init__(self):
         _one_of("recipe", self.recipe, tuple(RECIPES))
-        _require(self.epochs > 0, "epochs", self.epochs, "positive")
+        _require(math.isfinite(self.epochs) and self.epochs > 0, "epochs", self.epochs, "finite and positive")
+        usable = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        _require(usable, "device", self.device, "auto, cpu, cuda or cuda:N")
+        if self.backend is not None:
+            _one_of("backend", self.backend, BACKENDS)
+        _require(
+            self.lora.enabled or self.model.dtype != "float16",
+            "model.dtype",
+            self.model.dtype,
+            "auto, float32 or bfloat16 where lora.enabled is false (float16 gradients underflow)",
+        )
         _require(self.max_steps is None or self.max_steps >= 0, "max_steps", self.max_steps, "0 or more")
         for name in ("groups_per_step", "tokens_per_batch", "keep_last", "log_every", "sample_tokens", "max_bad_steps"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")

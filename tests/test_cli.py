@@ -41,9 +41,12 @@ def test_commands_and_options_are_frozen():
     walk("", cli.build_parser())
     common = ["--debug", "--help"]
     assert found == {
-        "train": sorted([*common, "recipe", "settings"]),
+        "train": sorted([*common, "--plan", "recipe", "settings"]),
         "reference": sorted([*common, "recipe", "settings"]),
-        "data check": sorted([*common, "--model", "--format", "--root", "path"]),
+        "trl": sorted([*common, "config", "words"]),
+        "data check": sorted(
+            [*common, "--model", "--revision", "--trust-remote-code", "--pairs", "--format", "--root", "path"]
+        ),
         "data view": sorted([*common, "-o", "--output", "--limit", "--format", "--root", "path"]),
         "demo": sorted([*common, "-o", "--output", "--quick"]),
         "doctor": common,
@@ -68,6 +71,14 @@ def test_recipe_by_name_or_none(world, tmp_path):
     assert not (tmp_path / "a" / "report.html").exists()
     assert main(["train", f"output={tmp_path / 'b'}", "report=false", *world, *QUICK]) == 0
     assert facts_of(tmp_path / "b")["recipe"] == "dpo"
+
+
+def test_plan_prints_tables_and_leaves_nothing_behind(world, tmp_path, capsys):
+    assert main(["train", "mm_dpo", "--plan", f"output={tmp_path / 'run'}", *world, *QUICK]) == 0
+    out = capsys.readouterr().out
+    for word in ("steps", "utilization", "AdamW's moments", "exponentials of the loss", "peak", "fit"):
+        assert word in out
+    assert not (tmp_path / "run").exists()
 
 
 def test_report_without_matplotlib_says_which_extra(world, tmp_path, capsys, monkeypatch):
@@ -147,6 +158,38 @@ def test_data_check_and_view(world, tmp_path, capsys):
     assert main(["data", "check", str(bad)]) != 0
     assert main(["data", "view", path, "--output", str(tmp_path / "page.html"), "--limit", "2"]) == 0
     assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+def test_data_check_passes_its_options_on(world, capsys, monkeypatch):
+    from mmrlhf.models import load
+
+    path, asked = world[1].removeprefix("data.path="), []
+    monkeypatch.setattr(load, "load_processor", lambda model, **options: asked.append((model, options)))
+    words = ["data", "check", path, "--model", "a/b", "--revision", "c0ffee", "--trust-remote-code"]
+    assert main([*words, "--pairs", "adjacent"]) == 0
+    assert asked == [("a/b", {"trust_remote_code": True, "revision": "c0ffee"})]
+    adjacent = capsys.readouterr().out
+    assert main(words) == 0
+    assert capsys.readouterr().out != adjacent
+
+
+def test_a_reader_that_goes_away_is_no_failure(world):
+    """As `mmrlhf … | head` does: no message, and the exit code a program that SIGPIPE ends has."""
+    command = [sys.executable, "-m", "mmrlhf", "data", "check", world[1].removeprefix("data.path=")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_a_failure(capsys, monkeypatch):
+    def cut(_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_doctor", cut)
+    assert main(["doctor"]) == 1
+    assert "mmrlhf: [Errno 32] Broken pipe" in capsys.readouterr().err
 
 
 def test_demo_gets_its_arguments(tmp_path, monkeypatch):

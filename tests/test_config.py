@@ -9,7 +9,9 @@ import pytest
 
 from mmrlhf import config
 from mmrlhf.config import TrainConfig, dump, load
-from mmrlhf.ops import LOSS_KINDS
+from mmrlhf.ops import LOSS_KINDS, backend
+from mmrlhf.ops.loss_kinds import LOSSES
+from mmrlhf.ops.preference import check_kind
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -41,6 +43,7 @@ def test_settings_cannot_be_changed_afterwards():
 
 def test_loss_kinds_are_those_of_the_ops():
     assert set(config.LOSS_KINDS) == set(LOSS_KINDS)
+    assert {name for name, kind in LOSSES.items() if kind.smoothing} == set(config.SMOOTHED_KINDS)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,8 @@ def test_loss_kinds_are_those_of_the_ops():
         ("recipe=dpoo", "recipe must be one of dpo, rlhf_v, rlhf_v_released, mm_dpo, got 'dpoo'"),
         ("model.dtype=float8", "model.dtype must be one of auto, float32, bfloat16, float16, got 'float8'"),
         ("lora.r=0", "lora.r must be a positive integer, got 0"),
-        ("lora.alpha=0", "lora.alpha must be positive, got 0.0"),
+        ("lora.alpha=0", "lora.alpha must be finite and positive, got 0.0"),
+        ("lora.alpha=inf", "lora.alpha must be finite and positive, got inf"),
         ("lora.dropout=1", "lora.dropout must be in [0, 1), got 1.0"),
         ("data.pairs=best", "data.pairs must be one of all, adjacent, best_vs_rest, got 'best'"),
         ("data.on_bad_row=ignore", "data.on_bad_row must be one of raise, skip, got 'ignore'"),
@@ -65,7 +69,17 @@ def test_loss_kinds_are_those_of_the_ops():
         ("optim.lr=inf", "optim.lr must be finite and positive, got inf"),
         ("optim.warmup=10", "optim.warmup must be in [0, 1], got 10.0"),
         ("optim.clip=-1", "optim.clip must be 0 or more, got -1.0"),
-        ("epochs=0", "epochs must be positive, got 0.0"),
+        ("optim.betas=[1,2]", "optim.betas must be two numbers in [0, 1), got (1.0, 2.0)"),
+        ("optim.betas=[0.9,nan]", "optim.betas must be two numbers in [0, 1), got (0.9, nan)"),
+        ("optim.eps=-1", "optim.eps must be finite and positive, got -1.0"),
+        ("optim.weight_decay=inf", "optim.weight_decay must be finite and 0 or more, got inf"),
+        ("epochs=0", "epochs must be finite and positive, got 0.0"),
+        ("epochs=inf", "epochs must be finite and positive, got inf"),
+        ("backend=foo", "backend must be one of cuda, triton, cpu, torch, reference, got 'foo'"),
+        ("device=xpu", "device must be auto, cpu, cuda or cuda:N, got 'xpu'"),
+        ("device=meta", "device must be auto, cpu, cuda or cuda:N, got 'meta'"),
+        ("model.dtype=float16", "model.dtype must be auto, float32 or bfloat16 where lora.enabled is false"),
+        ("data.gamma=2", "data.gamma must be 1 where data.segments is not set, got 2.0"),
         ("max_steps=-1", "max_steps must be 0 or more, got -1"),
         ("keep_last=0", "keep_last must be positive, got 0"),
         ("samples=-1", "samples must be 0 or more, got -1"),
@@ -79,6 +93,19 @@ def test_bad_values_are_named(word, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared below
         load(None, [word])
     assert str(caught.value).startswith(message)
+
+
+def test_lora_needs_targets_and_takes_float16():
+    with pytest.raises(ValueError, match=r"lora\.targets must be at least one name where lora\.enabled is true"):
+        load(None, ["lora.enabled=true", "lora.targets=[]"])
+    assert load(None, ["lora.targets=[]"]).lora.targets == ()
+    assert load(None, ["lora.enabled=true", "model.dtype=float16", "device=cuda:1"]).model.dtype == "float16"
+
+
+def test_backends_are_those_of_the_ops():
+    assert config.BACKENDS == backend.KNOWN
+    for name in config.BACKENDS:
+        assert TrainConfig(backend=name).backend == name
 
 
 def test_projector_is_frozen_only_with_the_tower():
@@ -114,6 +141,21 @@ def test_broken_files_are_named(text, message, tmp_path):
     assert message in str(caught.value)
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_label_smoothing_is_refused_when_the_settings_are_made(kind, smoothing):
+    """As the ops refuse it at the first step, hours later: exo_pair without, and most kinds with it."""
+    try:
+        check_kind(kind, smoothing, 0.5, 0.05)
+    except ValueError:
+        with pytest.raises(
+            ValueError, match=rf"loss\.label_smoothing must be .* for loss\.kind {kind}.*got {smoothing}"
+        ):
+            config.LossConfig(kind=kind, label_smoothing=smoothing)
+    else:
+        assert config.LossConfig(kind=kind, label_smoothing=smoothing).label_smoothing == smoothing
 
 
 def test_values_of_the_papers():

@@ -39,10 +39,12 @@ def train(settings: TrainConfig, *, model: Any = None, processor: Any = None) ->
     """Train as the settings say and return the run folder, `settings.output`.
 
     `model` and `processor`, if given, are used instead of what `settings.model.path` names (the model is trained in
-    place). Raises ValueError for settings, data or a folder that cannot be used, BadRow for data, CheckpointError,
-    NonFiniteError, OSError if the last save fails, and Preempted (a SystemExit) after a signal.
+    place). Raises ValueError for settings, data or a folder that cannot be used, FileNotFoundError for a model that is
+    not there, BadRow for data, CheckpointError, NonFiniteError, OSError if the last save fails, and Preempted (a
+    SystemExit) after a signal.
     """
     setup.single_process()
+    setup.check_paths(settings, model, processor)
     with RunFolder(settings) as run, Preemption() as preemption:
         trackers = tracker_starters(settings.trackers, run.path, flat_settings(settings))
         ready = prepare(settings, run, preemption, model, processor)
@@ -89,7 +91,7 @@ def train(settings: TrainConfig, *, model: Any = None, processor: Any = None) ->
                     resume.save_or_warn(run, ready, settings)
                 if preemption.requested is not None:
                     resume.save(run, ready, settings)
-                    preemption.check()
+                    preemption.check(saved=True)
 
         resume.save(run, ready, settings)
         setup.save_model(model, ready.processor, run)

@@ -17,14 +17,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preempted(SystemExit):
-    """The run saved and stopped because it was told to; the exit code is 128 + signal (143 for SIGTERM)."""
+    """The run stopped because it was told to; the exit code is 128 + signal (143 for SIGTERM).
 
-    def __init__(self, signum: int):
+    `saved`: whether a checkpoint was written at the end; before the first step there is nothing to save.
+    """
+
+    def __init__(self, signum: int, *, saved: bool = False):
         super().__init__(128 + signum)
-        self.signum = signum
+        self.signum, self.saved = signum, saved
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.signum).name} after saving"
+        return f"stopped by {signal.Signals(self.signum).name}" + (" after saving" if self.saved else "")
 
 
 class Preemption:
@@ -51,12 +54,12 @@ class Preemption:
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         self.requested = signum
-        told = f"\nmmrlhf: {signal.Signals(signum).name}: saving after this step; a second signal stops at once\n"
+        told = f"\nmmrlhf: {signal.Signals(signum).name}: stopping after this step; a second signal stops at once\n"
         os.write(2, told.encode())  # print may not be called from inside a print that the signal interrupted
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
 
-    def check(self) -> None:
-        """Raise Preempted if a signal came."""
+    def check(self, *, saved: bool = False) -> None:
+        """Raise Preempted if a signal came; `saved` says whether the caller has just written a checkpoint."""
         if self.requested is not None:
-            raise Preempted(self.requested)
+            raise Preempted(self.requested, saved=saved)

@@ -1,4 +1,4 @@
-"""All that comes before the first step, in order: data, model, resume check, reference, answers before, optimiser.
+"""All before the first step, in order: rows, model, data, resume check, reference, answers before, optimiser.
 
 What can be refused is refused early: a changed setting before the reference is computed, a missing margin or a prefix
 that does not compare before the first step.
@@ -47,17 +47,20 @@ def prepare(settings: TrainConfig, run: RunFolder, preemption: Preemption, model
     """Everything up to the first step, or the step after the newest checkpoint. Raises as `loop.train` does."""
     found = resume.find(run, settings)
     seed_everything(settings.seed)
-    model, processor = setup.load_model(settings, model, processor)
+    rows = setup.read_rows(settings)
     preemption.check()
-    dataset = setup.read_data(settings, processor, run)
+    model, processor = setup.load_model(settings, model, processor)
+    setup.refuse_float16(model, settings)
+    preemption.check()
+    dataset = setup.read_data(settings, processor, run, rows=rows)
     preemption.check()
     share_prefix = setup.prefix_sharing(model, settings, run)
     objective = Objective(settings.loss, backend=settings.backend)
     objective.check_groups(dataset.groups, settings.data.pairs)
-    key = reference_key(model, share_prefix=share_prefix)
+    key = reference_key(model, share_prefix=share_prefix, backend=settings.backend)
     hashes = {
         "the data or the processor": text_fingerprint(*(dataset.row_hash(index) for index in range(len(dataset)))),
-        "the starting model or the libraries": key,
+        "the starting model, the libraries, the backend or the device": key,
     }
     if found is not None:
         resume.check_same(found, settings, run, hashes=hashes)
@@ -92,10 +95,12 @@ def prepare(settings: TrainConfig, run: RunFolder, preemption: Preemption, model
 def cache_only(settings: TrainConfig) -> Path:
     """`mmrlhf reference`: compute and keep the reference of a recipe, and nothing else. Returns its folder."""
     setup.single_process()
+    setup.check_paths(settings)
+    rows = setup.read_rows(settings)
     model, processor = setup.load_model(settings, None, None)
-    dataset = setup.read_data(settings, processor)
+    dataset = setup.read_data(settings, processor, rows=rows)
     share_prefix = setup.prefix_sharing(model, settings)
-    key = reference_key(model, share_prefix=share_prefix)
+    key = reference_key(model, share_prefix=share_prefix, backend=settings.backend)
     with Preemption() as preemption:
         found = reference_scores(model, dataset, settings, key=key, share_prefix=share_prefix, between=preemption.check)
     return found.folder

@@ -4,9 +4,9 @@
 
 The reference is the model before training, so no second copy of it is ever in memory. A shard holds up to SHARD_GROUPS
 consecutive groups, always computed in the same batches, so a run that was killed halfway ends with bitwise the same
-numbers. Its name is a hash over everything the numbers depend on: weights, library versions, batch plan, and each
-group's text, pictures, processor (image backend included) and encoding. Another key is another file: nothing stale can
-be read.
+numbers. Its name is a hash over everything the numbers depend on: weights, model config, library versions, ops backend,
+kind of device, batch plan, and each group's text, pictures, processor (image backend included) and encoding. Another
+key is another file: nothing stale can be read.
 
 Not covered: several machines filling one cache together.
 """
@@ -24,11 +24,15 @@ import torch
 from torch import Tensor
 
 from mmrlhf.batch import GroupBatch
+from mmrlhf.models import load
+from mmrlhf.ops.backend import choose
 from mmrlhf.train.files import FileSystem, safetensors_chunks, write_atomic
 from mmrlhf.train.state import fingerprint, text_fingerprint, versions
 
 SHARD_GROUPS = 256  # lost at most by a kill
-_FORMAT = "1"  # of the shards; part of the key
+_FORMAT = "2"  # of the shards and their key; part of it
+# What a config says besides how the model computes; dtypes are those of the weights.
+_NOT_COMPUTED = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 _LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
 
 
@@ -160,14 +164,38 @@ def _read(path: Path, shard_key: str, count: int) -> list[Tensor] | None:
     return [tensors[name] for name in names]
 
 
-def reference_key(model: torch.nn.Module, *, share_prefix: bool) -> str:
-    """A hash over the weights and the libraries that run them; the processor is in every group's `row_hash`."""
+def reference_key(model: torch.nn.Module, *, share_prefix: bool, backend: str | None = None) -> str:
+    """A hash over the weights, the config and what runs them; the processor is in every group's `row_hash`.
+
+    Two models of the same weights that compute differently (an epsilon, the vision layer that is read, a soft cap, the
+    scaling of an adapter) have different keys; where a model was loaded from does not matter. `backend`: as for
+    `linear_logp`; the one that would run counts, and RuntimeError is raised where none can.
+    """
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     libraries = {name: version for name, version in versions().items() if name in _LIBRARIES}
+    head = load.lm_head(model)
+    whole = load.base_model(model)
+    adapters = {
+        name: [module.scaling, list(module.active_adapters), module.disable_adapters]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "active_adapters")  # peft's layers
+    }
     return text_fingerprint(
         _FORMAT,
-        type(model).__qualname__,
+        type(whole).__qualname__,
         fingerprint(weights),
+        json.dumps([_computed(whole.config.to_dict()), adapters], sort_keys=True, default=str),
         json.dumps(libraries, sort_keys=True),
         f"share_prefix={share_prefix}",
+        f"backend={choose('linear_logp', head.weight, requested=backend).name}",
+        f"device={head.weight.device.type}",
     )
+
+
+def _computed(value: Any) -> Any:
+    """A config's dict without what does not change the numbers, at any depth, with the keys JSON would give it."""
+    if isinstance(value, dict):
+        return {str(key): _computed(item) for key, item in value.items() if key not in _NOT_COMPUTED}
+    if isinstance(value, (list, tuple)):
+        return [_computed(item) for item in value]
+    return value

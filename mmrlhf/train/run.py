@@ -2,7 +2,7 @@
 
     config.yaml  run.json  metrics.jsonl  samples.jsonl  images/  reference/  checkpoints/  model/  report.html
 
-`run.json` is rewritten whole at each change of status: running, then finished, interrupted (told to stop, and saved) or
+`run.json` is rewritten whole at each change of status: running, then finished, interrupted (told to stop) or
 failed. A run that was killed outright still says running; the lock, which the system frees with the process, tells.
 The files of an earlier run in the folder stay as they are until `begin`, so a refused resume leaves no trace.
 """

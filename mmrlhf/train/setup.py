@@ -1,7 +1,7 @@
 """Before the first step: the model and its processor, the data, what is trained, and in which order.
 
 Everything is checked here, before any compute is spent: settings that do not fit the data, a processor that does not
-fit the model, a prefix that cannot be shared. Not covered: more than one process (see `distributed`).
+fit the model, a prefix that cannot be shared. Not covered: more than one process (see `single_process`).
 """
 
 from __future__ import annotations
@@ -41,16 +41,37 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name}, but torch {torch.__version__} sees no CUDA device")
     return device
 
 
+def check_paths(settings: TrainConfig, model: Any = None, processor: Any = None) -> None:
+    """Refuse what a look at the settings and the disk can refuse: the device, no model, no data.
+
+    Raises ValueError, or FileNotFoundError for a model that is neither a folder nor a hub id.
+    """
+    wanted = settings.model
+    pick_device(settings.device)
+    if model is None or processor is None:
+        if not wanted.path:
+            raise ValueError("model.path must name a local folder or a hub id")
+        load.named_folder(wanted.path, revision=wanted.revision)
+    _check_data_path(settings.data.path)
+
+
+def _check_data_path(path: str) -> None:
+    if not path:
+        raise ValueError("data.path must name a file or a folder")
+    if not Path(path).exists():
+        raise ValueError(f"data.path: {path} does not exist")
+
+
 def load_model(settings: TrainConfig, model: Any, processor: Any) -> tuple[Any, Any]:
     """The model on its device and its processor, loaded from `model.path` unless they are given."""
     wanted, device = settings.model, pick_device(settings.device)
-    if (model is None or processor is None) and not wanted.path:
-        raise ValueError("model.path must name a local folder or a hub id")
     if processor is None:
         processor = load.load_processor(
             wanted.path, trust_remote_code=wanted.trust_remote_code, revision=wanted.revision
@@ -69,20 +90,37 @@ def load_model(settings: TrainConfig, model: Any, processor: Any) -> tuple[Any, 
     return model.eval(), processor
 
 
-def read_data(settings: TrainConfig, processor: Any, run: RunFolder | None = None) -> collate.PreferenceDataset:
-    """Read, check and count the data. Raises BadRow or ValueError; run.json gets the counts and every dropped row."""
+def refuse_float16(model: Any, settings: TrainConfig) -> None:
+    """ValueError for float16 weights that are to be trained themselves; `optim` says the same, but hours later."""
+    if not settings.lora.enabled and load.lm_head(model).weight.dtype == torch.float16:
+        raise ValueError(
+            f"{settings.model.path or 'the model'} is float16, whose gradients underflow without loss scaling: set "
+            "model.dtype to bfloat16 or float32, or lora.enabled=true"
+        )
+
+
+def read_rows(settings: TrainConfig) -> readers.GroupSet:
+    """The groups of `data.path`, before any model is loaded. Raises BadRow, or ValueError for format and path."""
     wanted = settings.data
-    if not wanted.path:
-        raise ValueError("data.path must name a file or a folder")
-    if not Path(wanted.path).exists():
-        raise ValueError(f"data.path: {wanted.path} does not exist")
-    found = readers.read_groups(
+    _check_data_path(wanted.path)
+    return readers.read_groups(
         wanted.path,
         format=wanted.format,
         root=wanted.root,
         on_bad_row=wanted.on_bad_row,
         max_bad_rows=wanted.max_bad_rows,
     )
+
+
+def read_data(
+    settings: TrainConfig, processor: Any, run: RunFolder | None = None, *, rows: readers.GroupSet | None = None
+) -> collate.PreferenceDataset:
+    """Encode, check and count the data. Raises BadRow or ValueError; run.json gets the counts and every dropped row.
+
+    `rows`: what `read_rows` gave, if it was asked already.
+    """
+    wanted = settings.data
+    found = read_rows(settings) if rows is None else rows
     encoder = collate.Encoder(
         processor,
         root=found.root,
@@ -107,13 +145,32 @@ def read_data(settings: TrainConfig, processor: Any, run: RunFolder | None = Non
             "skipped_rows": [{"source": row.source, "reason": row.reason} for row in found.bad_rows],
             "dropped_groups": [{"source": row.source, "reason": row.reason} for row in dataset.dropped],
         }
-        for what, rows in (("rows are skipped", found.bad_rows), ("groups are dropped", dataset.dropped)):
-            if rows:
-                run.note(f"data: {len(rows)} {what}, all named in run.json; the first: {rows[0]}")
+        for what, bad in (("rows are skipped", found.bad_rows), ("groups are dropped", dataset.dropped)):
+            if bad:
+                run.note(f"data: {len(bad)} {what}, all named in run.json; the first: {bad[0]}")
+        note_oddities(dataset, settings, run)
         run.write()
     if len(dataset) == 0:
         raise ValueError(f"data.path: nothing to train on in {wanted.path} ({found.rows} rows read)")
     return dataset
+
+
+def note_oddities(dataset: collate.PreferenceDataset, settings: TrainConfig, run: RunFolder) -> None:
+    """Say what can be trained on but may not be what was meant."""
+    budget = settings.tokens_per_batch
+    long = packing.over_budget(dataset.lengths, budget)
+    if long:
+        most = max(dataset.lengths)
+        run.note(f"{len(long)} groups are longer than tokens_per_batch={budget} (longest {most}); each runs alone")
+    if settings.data.segments is None:
+        marked = sum(any(response.segments for response in group.responses) for group in dataset.groups)
+        if marked:
+            run.note(f"{marked} groups mark corrected segments, which weigh nothing: data.segments is null")
+    if settings.loss.beta_mode == "margin":
+        pairs = [pair for group in dataset.groups for pair in group.preference_pairs(settings.data.pairs)]  # type: ignore[arg-type]
+        against = sum(pair.margin is not None and pair.margin < 0 for pair in pairs)
+        if against:
+            run.note(f"{against} of {len(pairs)} pairs have a negative margin: their scores contradict their order")
 
 
 def prefix_sharing(model: nn.Module, settings: TrainConfig, run: RunFolder | None = None) -> bool:
@@ -168,8 +225,13 @@ def make_trainable(model: Any, settings: TrainConfig, run: RunFolder) -> Any:
 
 
 def turn_dropout_off(model: nn.Module) -> None:
-    """Set every dropout rate of `model` to 0, those that attention modules keep as a number included."""
-    for module in model.modules():
+    """Set every dropout rate of `model` to 0, those that attention modules keep as a number included.
+
+    That of adapters which came with it stays: it is theirs, and acts on no reference.
+    """
+    for path, module in model.named_modules():
+        if "lora_dropout" in path:
+            continue
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name in ("attention_dropout", "dropout"):

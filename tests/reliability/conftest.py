@@ -1,29 +1,5 @@
-"""One tiny model folder and one file of preferences for all tests of training."""
+"""A tiny model folder and a file of preferences, as in every room that trains."""
 
-from __future__ import annotations
+from runfixtures import data_file, model_folder, one_thread
 
-from pathlib import Path
-
-import pytest
-import torch
-
-from tiny import tiny_folder
-from tinyrun import make_data
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory) -> Path:
-    return tiny_folder("llava_onevision", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="session")
-def data_file(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"), 6)
+__all__ = ["data_file", "model_folder", "one_thread"]

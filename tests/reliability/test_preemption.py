@@ -34,7 +34,9 @@ def test_first_signal_is_noted_and_becomes_the_exit_code(signum, code):
         with pytest.raises(Preempted) as stop:
             preemption.check()
         assert stop.value.code == code
-        assert str(stop.value) == f"stopped by {signal.Signals(signum).name} after saving"
+        assert str(stop.value) == f"stopped by {signal.Signals(signum).name}", "nothing was saved"
+        with pytest.raises(Preempted, match=r"stopped by SIG[A-Z]+ after saving$"):
+            preemption.check(saved=True)
 
 
 def test_second_signal_kills_at_once_even_in_a_busy_process():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmrlhf.train import checkpoint, run
+from mmrlhf.train import checkpoint, run, setup
 from mmrlhf.train.checkpoint import CheckpointError
 from mmrlhf.train.files import FileSystem
 from mmrlhf.train.loop import train
@@ -27,7 +27,7 @@ from tinyrun import facts_of, make_data, metrics_of, settings_for
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = ["recipe=mm_dpo", "epochs=3", "save_every=2", "optim.warmup=0.3", "keep_last=9", "data.pairs=all"]
 CHILD = """
-import os, signal, sys
+import os, subprocess, sys, time
 import torch
 from tinyrun import settings_for
 from mmrlhf.train import loop
@@ -36,6 +36,8 @@ from pathlib import Path
 
 torch.set_num_threads(1)
 output, data, model, kill_at, signum, *words = sys.argv[1:]
+group = "group" in words
+words = [word for word in words if word != "group"]
 count, step = 0, Optimizer.step
 
 def counted(self, **options):
@@ -43,7 +45,13 @@ def counted(self, **options):
     step(self, **options)
     count += 1
     if count == int(kill_at):
-        os.kill(os.getpid(), int(signum))
+        if group:
+            children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+            print("workers", *children, file=sys.stderr)
+            subprocess.run(["kill", "-s", signum, "--", f"-{os.getpid()}"])  # torch forgives a parent its own
+            time.sleep(0.5)  # time to hear of a worker's death
+        else:
+            os.kill(os.getpid(), int(signum))
 
 Optimizer.step = counted
 loop.train(settings_for(Path(output), Path(data), *words, model=Path(model)))
@@ -51,10 +59,16 @@ loop.train(settings_for(Path(output), Path(data), *words, model=Path(model)))
 
 
 def child(output: Path, data: Path, model: Path, *words: str, kill_at: int, signum: int) -> subprocess.Popen:
-    """A training in a process of its own that sends itself a signal after its `kill_at`-th optimiser step."""
+    """A training in a process of its own that sends itself a signal after its `kill_at`-th optimiser step.
+
+    With the word "group" it leads a process group, says which workers it has, and all of the group get the signal.
+    """
     command = [sys.executable, "-c", CHILD, str(output), str(data), str(model), str(kill_at), str(signum), *words]
     path = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
-    return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, start_new_session="group" in words
+    )
 
 
 def content(folder: Path) -> dict[str, dict]:
@@ -136,6 +150,21 @@ def test_t03_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, model_folde
     assert_same(train(settings_for(tmp_path / "cut", data_file, *WORDS, model=model_folder)), straight)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_t03_a_signal_to_the_whole_group_saves_although_there_are_workers(signum, tmp_path, model_folder, data_file):
+    """SLURM, timeout, systemd and Ctrl-C signal every process of the group, the loader's workers too."""
+    words = [*WORDS, "data.workers=2"]
+    process = child(tmp_path / "cut", data_file, model_folder, *words, "group", kill_at=3, signum=signum)
+    told = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 128 + signum, told
+    workers = next(line for line in told.splitlines() if line.startswith("workers")).split()[1:]
+    assert len(workers) == 2
+    assert not any(Path("/proc", worker).exists() for worker in workers), "no process is left behind"
+    assert facts_of(tmp_path / "cut")["status"] == "interrupted"
+    assert facts_of(tmp_path / "cut")["error"].endswith("after saving")
+    assert checkpoint.latest(tmp_path / "cut" / "checkpoints")[0].name == "step-00000003"
+
+
 def test_finished_run_resumes_to_the_same_model(tmp_path, model_folder, data_file):
     settings = settings_for(tmp_path / "run", data_file, "samples=1", model=model_folder)
     first = train(settings)
@@ -176,7 +205,7 @@ def test_t10_another_starting_model_is_refused(stopped, data_file, model_folder)
     """The same settings, but the reference would be a model that has been trained already."""
     model, processor = tiny_model("llava_onevision", seed=1)
     settings = settings_for(stopped, data_file, "save_every=1", "keep_last=9", model=model_folder)
-    with pytest.raises(ValueError, match="the starting model or the libraries: hash"):
+    with pytest.raises(ValueError, match="the starting model, the libraries, the backend or the device: hash"):
         train(settings, model=model, processor=processor)
 
 
@@ -214,11 +243,12 @@ def test_t13_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_p
     assert facts_of(tmp_path / "run")["status"] == "finished"
 
 
-def test_t06_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, data_file):
+def test_t06_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, data_file, monkeypatch):
+    monkeypatch.setattr(setup, "load_model", None)
     (tmp_path / "file").write_text("x")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="output: cannot write to"):
-            train(settings_for(output, data_file))
+            train(settings_for(output, data_file, model=tmp_path))
 
 
 def test_t07_rename_that_fails_is_found_before_the_first_step(tmp_path, data_file):

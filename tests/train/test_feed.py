@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -27,6 +28,22 @@ def test_batches_come_in_order_and_only_as_far_ahead_as_said(workers):
         assert next(batches).tolist() == [0, 0]
         assert len(taken) <= 1 + 2 * workers + 1
         assert [batch.tolist() for batch in batches] == [[job, job] for job in range(1, 20)]
+
+
+def test_workers_outlive_a_signal_to_their_group_and_end_with_the_feed():
+    def make(job):
+        if job == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        return job, os.getpid()
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with closing(feed(range(4), make, workers=1)) as batches:
+        found = list(batches)
+    assert [job for job, _ in found] == [0, 1, 2, 3]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before, "this process gets its signals"
+    with pytest.raises(ProcessLookupError):
+        os.kill(found[0][1], 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -68,6 +85,7 @@ def test_a_hanging_worker_runs_into_the_timeout(monkeypatch):
         assert next(batches) == 0
         with pytest.raises(RuntimeError, match=r"timed out after 0\.5 seconds"):
             next(batches)
+    assert multiprocessing.active_children() == [], "it holds off SIGTERM, so it is killed"
 
 
 def test_workers_leave_the_saved_generator_alone():

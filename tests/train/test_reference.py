@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from mmrlhf.batch import GroupBatch
 from mmrlhf.data.collate import Encoder, PreferenceDataset, collate
 from mmrlhf.data.schema import Response
+from mmrlhf.models import load
+from mmrlhf.ops.backend import choose
 from mmrlhf.train import reference
 from mmrlhf.train.loop import train
 from mmrlhf.train.reference import ReferenceScores, cache_reference, reference_key
@@ -143,6 +145,61 @@ def test_key_follows_the_weights_and_nothing_else(world):
     with torch.no_grad():
         other.lm_head.weight[3, 3] += 1e-6
     assert reference_key(other, share_prefix=True) != key
+
+
+def test_key_is_the_same_for_a_model_in_memory_and_reloaded(tmp_path):
+    for family in ("llava_onevision", "gemma3", "qwen2_5_vl"):
+        model, processor = tiny_model(family)
+        key = reference_key(model, share_prefix=True)
+        load.save_pretrained(model, processor, tmp_path / family)
+        again = load.load_model(tmp_path / family, dtype="float32")
+        assert again.config._name_or_path != model.config._name_or_path
+        assert reference_key(again, share_prefix=True) == key, family
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("text_config", "rms_norm_eps", 0.1),
+        ("vision_config", "layer_norm_eps", 0.1),
+        (None, "vision_feature_layer", -2),
+        ("text_config", "rope_parameters", {"rope_type": "default", "rope_theta": 7.0}),
+    ],
+)
+def test_key_follows_the_config_too(part, name, value, world):
+    """Equal weights that compute something else: the cache of one is not that of the other."""
+    model = world[0]
+    key = reference_key(model, share_prefix=True)
+    config = getattr(model.config, part) if part else model.config
+    before = getattr(config, name)
+    assert before != value
+    setattr(config, name, value)
+    try:
+        assert reference_key(model, share_prefix=True) != key
+    finally:
+        setattr(config, name, before)
+    assert reference_key(model, share_prefix=True) == key
+
+
+def test_key_follows_backend_device_and_the_scaling_of_adapters(world):
+    model = world[0]
+    key = reference_key(model, share_prefix=True)
+    chosen = choose("linear_logp", model.lm_head.weight).name
+    assert reference_key(model, share_prefix=True, backend=chosen) == key
+    assert reference_key(model, share_prefix=True, backend="reference") != key
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+
+    keys = set()
+    for alpha in (4, 8):
+        torch.manual_seed(0)
+        adapted = get_peft_model(
+            tiny_model("llava_onevision")[0], LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"])
+        )
+        keys.add(reference_key(adapted, share_prefix=True))
+        with adapted.disable_adapter():
+            keys.add(reference_key(adapted, share_prefix=True))
+    assert len(keys) == 4
 
 
 def test_model_that_is_not_finite_is_named_with_its_group(world, tmp_path):
