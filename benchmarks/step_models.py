@@ -1,6 +1,6 @@
 """Models, processors and preference data for the whole-step benchmark, made from configs with random weights.
 
-`small` has the shape of Qwen2.5-VL at 24 M parameters, so that a step of either trainer takes seconds on two cores;
+`small` has the shape of Qwen2.5-VL at 38 M parameters, so that a step of either trainer takes seconds on two cores;
 `qwen2_5_vl_7b` has the published shape of the 7B model and is meant for a GPU. One image token covers 28 x 28 pixels.
 """
 

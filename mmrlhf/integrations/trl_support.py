@@ -1,0 +1,127 @@
+"""What `integrations.trl` checks before it takes over a trainer, and the sums its metrics are made of.
+
+Each check raises ValueError that names the option, says why it cannot be honoured, and what to do instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrlhf.batch import GroupBatch
+from mmrlhf.integrations.objective import Result
+from mmrlhf.ops import sequence_score
+
+# Metric -> what its sum is divided by.
+WEIGHT_OF = {
+    "entropy": "scored",
+    "logits/chosen": "chosen tokens",
+    "logits/rejected": "rejected tokens",
+    "mean_token_accuracy": "chosen tokens",
+    "rewards/chosen": "pairs",
+    "rewards/rejected": "pairs",
+    "rewards/accuracies": "pairs",
+    "rewards/margins": "pairs",
+    "logps/chosen": "pairs",
+    "logps/rejected": "pairs",
+    "beta/mean": "pairs",
+}
+
+
+@torch.no_grad()
+def metric_sums(out: dict[str, Tensor], batch: GroupBatch, result: Result) -> tuple[Tensor, list[str]]:
+    """Sums of this process, [n] float64, and their names. A response counts once for each of its pairs, as in TRL."""
+    better, worse = batch.pairs[:, 0], batch.pairs[:, 1]
+    times = torch.zeros(2, batch.num_responses, dtype=torch.float64, device=better.device)
+    for side, members in zip(times, (better, worse), strict=True):
+        side.index_add_(0, members, torch.ones_like(members, dtype=torch.float64))
+    lengths = batch.cu_seqlens.diff()
+    chosen, rejected = (side.repeat_interleave(lengths, output_size=batch.num_scored) for side in times)  # [N]
+    scores = sequence_score(out["logp"].detach(), batch.cu_seqlens)
+    sums = {
+        "tokens": torch.as_tensor(batch.num_tokens, device=better.device),
+        "pairs": torch.as_tensor(better.numel(), device=better.device),
+        "chosen tokens": chosen.sum(),
+        "rejected tokens": rejected.sum(),
+        "scored": (chosen + rejected).sum(),
+        "rewards/chosen": result.chosen_rewards.sum(),
+        "rewards/rejected": result.rejected_rewards.sum(),
+        "rewards/accuracies": (result.chosen_rewards > result.rejected_rewards).sum(),
+        "rewards/margins": (result.chosen_rewards - result.rejected_rewards).sum(),
+        "logps/chosen": scores[better].sum(),
+        "logps/rejected": scores[worse].sum(),
+        "beta/mean": result.beta.sum(),
+    }
+    if "entropy" in out:
+        sums["entropy"] = (out["entropy"] * (chosen + rejected)).sum()
+        sums["logits/chosen"] = (out["mean_logit"] * chosen).sum()
+        sums["logits/rejected"] = (out["mean_logit"] * rejected).sum()
+        sums["mean_token_accuracy"] = (out["top1"] * chosen).sum()
+    return torch.stack([value.double() for value in sums.values()]), list(sums)
+
+
+def check_settings(args: Any, data_collator: Any, compute_metrics: Any) -> None:
+    """Options of a DPOConfig and arguments of a DPOTrainer."""
+    compiled = args.torch_compile
+    stage = getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0)
+    lengths = (
+        getattr(args, "group_by_length", False) or getattr(args, "train_sampling_strategy", "") == "group_by_length"
+    )
+    refused = {
+        "data_collator": (
+            data_collator is not None,
+            "rows are encoded by mmrlhf's own; leave it None and put what you add into the rows",
+        ),
+        "compute_metrics": (
+            compute_metrics is not None,
+            "it is given logits, which are never built; leave it None, TRL's metrics are logged for evaluation too",
+        ),
+        "ld_alpha": (args.ld_alpha is not None, "LD-DPO is not built in; leave it None, or use segments and gamma"),
+        "f_divergence_type": (
+            args.f_divergence_type != "reverse_kl",
+            "only reverse_kl is built in; use it, or TRL's own DPOTrainer",
+        ),
+        "use_weighting": (args.use_weighting, "WPO is not built in; set it to False, or use TRL's own DPOTrainer"),
+        "truncation_mode": (
+            args.max_length is not None and args.truncation_mode == "keep_end",
+            "a cut from the front would go through pictures; use keep_start, or max_length None",
+        ),
+        "pad_to_multiple_of": (args.pad_to_multiple_of is not None, "nothing is padded; leave it None"),
+        "torch_compile": (compiled, "the packed forward changes shape with each batch; set it to False"),
+        "deepspeed": (
+            stage == 3,
+            "ZeRO-3 shards the lm_head, which is read outside its module; use ZeRO-1 or 2, or FSDP2",
+        ),
+        "group_by_length": (lengths, "rows have no length before they are encoded; use the random sampler"),
+    }
+    for name, (asked, why) in refused.items():
+        if asked:
+            raise ValueError(f"{name} = {getattr(args, name, 'given')!r} is not supported by mmrlhf: {why}")
+
+
+def check_trainer(trainer: Any) -> None:
+    """What is known only when model, PEFT and accelerator are there."""
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            "router_aux_loss_coef is not supported by mmrlhf: the packed forward returns no router logits; set it to "
+            "0.0 to train the experts without that term"
+        )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            "fsdp version 1 is not supported by mmrlhf: it flattens the lm_head; set fsdp_version 2 in fsdp_config"
+        )
+    devices = {str(device) for device in (getattr(trainer.model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"device_map splits the model over {', '.join(sorted(devices))}, which is not supported by mmrlhf: load it "
+            "on one device a process, or shard it with FSDP2"
+        )
+    parallel = trainer.accelerator.parallelism_config
+    sizes = {name: getattr(parallel, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
+    if any(size > 1 for size in sizes.values()):
+        raise ValueError(
+            f"parallelism_config {sizes} is not supported by mmrlhf: a packed batch is not cut across ranks; use data "
+            "parallelism (DDP, FSDP2)"
+        )
