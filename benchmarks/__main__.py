@@ -2,7 +2,8 @@
 
     python -m benchmarks                                  a small head, half a minute
     python -m benchmarks --full --write cpu --threads 2   the heads of known models; also benchmarks/results/cpu.json
-    python -m benchmarks --case qwen2-0.5b/512/float32    the cases whose names hold this, of all of them
+    python -m benchmarks --case qwen2-0.5b/512/float32    the cases whose names hold this, of all of them: every head,
+                                                          N = 256 ... 16384, float32 and bfloat16 (--list --case /)
 
 U = 2 N H V flops: one matmul of N hidden rows and the lm_head in the case's dtype, measured beside every round. A side
 that is more than twice as far from float64 truth as PyTorch's full logits in the same dtype gets no time.
@@ -37,7 +38,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, help="of PyTorch and of the compiled pass")
     found.add_argument("--device", default="cpu")
     found.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    found.add_argument("--plot", action="store_true", help="with --write: also NAME.svg")
+    found.add_argument(
+        "--plot",
+        action="store_true",
+        help="with --write: also NAME.svg, and NAME_rows.svg where there are curves over N",
+    )
     found.add_argument("--write", metavar="NAME", help="also write benchmarks/results/NAME.json")
     return found
 
@@ -77,9 +82,9 @@ def main(words: list[str] | None = None) -> int:
 
 
 def chosen(arguments: argparse.Namespace) -> list[Any]:
-    from benchmarks.cases import full_cases, small_cases
+    from benchmarks.cases import full_cases, grid_cases, small_cases
 
-    everything = small_cases() + full_cases()
+    everything = list(dict.fromkeys(small_cases() + full_cases() + grid_cases()))
     if arguments.case:
         found = [case for case in everything if any(word in case.name for word in arguments.case)]
         if not found:
@@ -127,9 +132,10 @@ def write(name: str, about: dict[str, Any], picture: bool) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
     if picture:
-        from benchmarks.plot import plot
+        from benchmarks.plot import curves, plot
 
         plot(about, RESULTS / f"{name}.svg")
+        curves(about, RESULTS / f"{name}_rows.svg")
 
 
 if __name__ == "__main__":

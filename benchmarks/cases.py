@@ -38,6 +38,7 @@ TASKS = {
     "fused_preference_loss": "DPO over pairs of neighbouring responses, beta 0.1; scores compared",
     "mean_nll": "mean negative log-probability, one scalar",
 }
+GRID_ROWS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 GRADS = ("none", "frozen", "trained")  # what asks for gradients: nothing, hidden alone, hidden and weight
 
 
@@ -70,8 +71,23 @@ def full_cases() -> list[Case]:
         for grads in GRADS[1:]
     ]
     found += [Case("linear_logp", "qwen2-0.5b", rows, "float32", "frozen") for rows in (64, 2048)]
-    found += [Case("linear_logp", "qwen2-0.5b", 512, "float32", "none")]
+    found += [Case("linear_logp", "qwen2-0.5b", rows, "float32", "none") for rows in (512, 2048)]
+    found += [Case("fused_preference_loss", "qwen2-0.5b", 2048, "float32", grads) for grads in GRADS[1:]]
     return found + [Case("mean_nll", "qwen2-0.5b", 512, "float32", grads) for grads in GRADS[1:]]
+
+
+def grid_cases() -> list[Case]:
+    """Every known head at every number of rows: for `--case`, which takes some of them, and for the curves over N."""
+    heads = [head for head in HEADS if head != "tiny"]
+    asked = [("linear_logp", GRADS), ("fused_preference_loss", GRADS[1:]), ("mean_nll", GRADS[1:])]
+    return [
+        Case(task, head, rows, dtype, grads)
+        for head in heads
+        for task, modes in asked
+        for dtype in DTYPES
+        for grads in modes
+        for rows in GRID_ROWS
+    ]
 
 
 @dataclass

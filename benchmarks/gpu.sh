@@ -134,6 +134,7 @@ do_tests() {
 
 do_ceilings() { run "$PY" -m benchmarks.gpu_ceilings --seconds "$((LIMIT - 15))" --write "$OUT/ceilings.json"; }
 do_small() { run "$PY" -m benchmarks.gpu_small --write "$OUT/small.json"; }
+do_tune() { run "$PY" -m benchmarks.tune --seconds "$((LIMIT - 25))" --write "$OUT/tuned.py"; }
 do_ops() { run "$PY" -m benchmarks.gpu_ops --seconds "$((LIMIT - 20))" --write "$OUT/ops.json"; }
 
 checker() {
@@ -162,6 +163,7 @@ tests 120 20 0
 small 45 15 0
 ceilings 35 20 0
 ops 190 45 90
+tune 75 45 60
 memcheck 60 15 0
 racecheck 60 15 0
 synccheck 45 15 0

@@ -1,4 +1,5 @@
-"""benchmarks/results/NAME.json as a picture: a bar a side, in units of U, its design's floor marked."""
+"""benchmarks/results/NAME.json as pictures: a bar a side, in units of U, its design's floor marked; and, for what was
+measured at several N, time and memory over N."""
 
 from __future__ import annotations
 
@@ -32,3 +33,39 @@ def plot(about: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("time in U = 2 N H V flops, one matmul of the rows and the head; black: the design's floor")
     axes.set_title(f"{about['command']}, {about['machine']['threads']} threads", fontsize=8)
     figure.savefig(path)
+
+
+def curves(about: dict[str, Any], path: Path) -> bool:
+    """Milliseconds and extra bytes of every side over N, two axes a head and task; False where nothing has two N."""
+    from matplotlib.figure import Figure
+
+    families: dict[tuple[str, ...], dict[str, list[tuple[int, float, int | None]]]] = {}
+    for case in about["cases"]:
+        kind = (case["task"], case["head"], case["dtype"], case["grads"])
+        for side in case["sides"]:
+            if side["units"] is not None:
+                point = (case["rows"], side["milliseconds"], side["extra_bytes"])
+                families.setdefault(kind, {}).setdefault(side["side"], []).append(point)
+    families = {k: v for k, v in families.items() if any(len(points) > 1 for points in v.values())}
+    if not families:
+        return False
+    names = list(dict.fromkeys(name for sides in families.values() for name in sides))
+    figure = Figure(figsize=(9, 3.2 * len(families)), layout="constrained")
+    grid = figure.subplots(len(families), 2, squeeze=False)
+    for (time, memory), (kind, sides) in zip(grid, families.items(), strict=True):
+        for name, points in sides.items():
+            rows, milliseconds, extra = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            style = {"marker": "o", "markersize": 4, "color": f"C{names.index(name) % 10}", "label": name}
+            time.loglog(rows, milliseconds, **style)
+            if None not in extra:
+                memory.loglog(rows, [max(found, 1) / 2**20 for found in extra], **style)
+        time.set_ylabel("ms")
+        memory.set_ylabel("MiB on top of the inputs")
+        for axes in (time, memory):
+            axes.set_title(" / ".join(kind), fontsize=8)
+            axes.set_xlabel("N, scored tokens")
+            axes.grid(True, which="major", alpha=0.3)
+        time.legend(fontsize=7)
+    figure.suptitle(f"{about['command']}, {about['machine']['threads']} threads", fontsize=7, wrap=True)
+    figure.savefig(path)
+    return True

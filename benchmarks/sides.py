@@ -6,6 +6,7 @@ and what its backward adds for a frozen and for a trained head.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import BETA, GRADS, Outcome, Problem
-from benchmarks.peers import cce, liger, pytorch, trl
+from benchmarks.peers import cce, liger, pytorch, quack, trl
 from mmrlhf.ops import fused_preference_loss, linear_logp
 
 Run = Callable[[Problem, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -77,14 +78,25 @@ def _liger(*, compiled: bool) -> Run:
     return run
 
 
-def _chunked_nll(problem: Problem, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    loss = pytorch.mean_nll(hidden, weight, problem.targets)
-    return loss, loss
+def by_mean_nll(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
+    """A side that gives the mean loss alone."""
+
+    def run(problem: Problem, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        loss = function(hidden, weight, problem.targets)
+        return loss, loss
+
+    return run
+
+
+def _cce(impl: str) -> Run:
+    return by_logp(functools.partial(cce.logp, impl=impl))
 
 
 PYTORCH = Side("pytorch", by_logp(pytorch.logp), (1, 2, 3))
 TRL = Side("trl", by_logp(trl.chunked_logp), (1, 3, 4), trl.missing)
-CCE = Side("cut-cross-entropy", by_logp(cce.logp), (1, 3, 4), cce.missing)
+LIGER_SCALED = Side("liger-scaled", by_logp(liger.scaled_logp), (1, 4, 4), liger.missing_scaled)
+CCE = tuple(Side(impl, _cce(impl), (1, 3, 4), cce.missing_kernels) for impl in ("cce", "cce_exact"))
+CCE_COMPILED = Side("cce-compiled", _cce("torch_compile"), (1, 2, 3), cce.missing, slow=True)
 OURS = Side("mmrlhf", _ours(), (1, 2, 3))
 FUSED = Side("mmrlhf", _ours_fused(), (1, 2, 3))
 # The first side of a task is what the gate compares with.
@@ -95,7 +107,9 @@ SIDES: dict[str, tuple[Side, ...]] = {
         Side("mmrlhf-torch", _ours(backend="torch"), (1, 2, 3)),
         Side("mmrlhf-recompute", _ours(memory_budget=0), (1, 2, 4), trained_only=True),
         TRL,
-        CCE,
+        LIGER_SCALED,
+        *CCE,
+        CCE_COMPILED,
     ),
     "fused_preference_loss": (
         PYTORCH,
@@ -109,12 +123,13 @@ SIDES: dict[str, tuple[Side, ...]] = {
     "mean_nll": (
         PYTORCH,
         OURS,
-        Side("torch-chunked", _chunked_nll, (1, 2, 3), pytorch.missing_mean_nll),
+        Side("torch-chunked", by_mean_nll(pytorch.mean_nll), (1, 2, 3), pytorch.missing_mean_nll),
+        Side("quack", by_mean_nll(quack.mean_nll), (1, 2, 3), quack.missing),
     ),
 }
 
 
 def versions() -> dict[str, str]:
     """Of the peers that are installed."""
-    peers = {"trl": trl, "liger-kernel": liger, "cut-cross-entropy": cce}
+    peers = {"trl": trl, "liger-kernel": liger, "cut-cross-entropy": cce, "quack-kernels": quack}
     return {name: peer.version() for name, peer in peers.items() if peer.missing() is None}

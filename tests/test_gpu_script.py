@@ -19,7 +19,7 @@ from benchmarks import gpu_facts, gpu_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks/gpu.sh"
-STEPS = ["build", "launchers", "tests", "small", "ceilings", "ops"]
+STEPS = ["build", "launchers", "tests", "small", "ceilings", "ops", "tune"]
 STEPS += ["memcheck", "racecheck", "synccheck", "initcheck", "step"]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a bash script for Linux")

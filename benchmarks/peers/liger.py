@@ -40,3 +40,20 @@ def version() -> str:
     from importlib.metadata import version
 
     return version("liger-kernel")
+
+
+def scaled_logp(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities [N] of Liger's fused linear scaled cross-entropy: per token, no [N, V] kept."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets)
+
+
+def missing_scaled() -> str | None:
+    try:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import (  # noqa: F401
+            LigerFusedLinearScaledCrossEntropyFunction,
+        )
+    except ImportError as error:
+        return f"no liger-kernel with a fused linear scaled cross-entropy is installed ({error})"
+    return None

@@ -1,8 +1,9 @@
 """Launch configurations as data, and `pick()`: a pure function from a problem to the row of a table.
 
-Nothing is tuned while it runs. The rows are what compiles without a spill for its architecture in Triton 3.6 and 3.9
-(`python -m benchmarks.aot` holds that, with shared memory under the limit); a benchmark may reorder them. CANDIDATES
-are compiled and checked too, but `pick()` does not return them: they await a measurement that says they are faster.
+Nothing is tuned while it runs: `tuned` holds what a benchmark measured, and is looked at first. The rows here are what
+compiles without a spill for its architecture in Triton 3.6 and 3.9 (`python -m benchmarks.aot` holds that, with shared
+memory under the limit). CANDIDATES are compiled and checked too, but `pick()` does not return them: they await a
+measurement that says they are faster.
 
 Not covered: float64, and devices below compute capability 8.0.
 """
@@ -10,6 +11,9 @@ Not covered: float64, and devices below compute capability 8.0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from mmrlhf.kernels.triton import tuned
 
 # Shared memory a program may have, in bytes, by compute capability (CUDA programming guide, table of features).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
@@ -98,11 +102,22 @@ CANDIDATES: tuple[Rule, ...] = (
     Rule(GemmConfig(8, 4, 128, 256, 64, split=2, loads="descriptor"), (90, 100), heavy=1),
 )
 
+
+def rules(rows: tuple[dict[str, Any], ...]) -> tuple[Rule, ...]:
+    """Rules from plain data, as `tuned` has them."""
+    return tuple(Rule(**{**row, "config": GemmConfig(**row["config"])}) for row in rows)
+
+
+TUNED = rules(tuned.ROWS)
+
 EPILOGUE = EpilogueConfig(8, 1, 8, 1024)
 EPILOGUE_NARROW = EpilogueConfig(4, 1, 4, 512)  # softcap and statistics keep more of the tile in registers
 TARGET_LOGIT = RowConfig(4, 1, 4, 512)
 FINISH = RowConfig(4, 1, 32, 32)
 UNIT_GRADIENT = RowConfig(4, 1, 4, 512)
+SELECT = RowConfig(8, 1, 1024)
+REDO = GemmConfig(8, 3, 64, 128, 64)  # rows run again: few, so a tile of 64 rows is half empty and never the bound
+REDO_FLOAT = GemmConfig(8, 1, 64, 64, 32)  # float32 is multiplied exactly, without tensor cores
 PREFERENCE = PreferenceConfig(16, 1, 32, 64, 128)
 
 
@@ -135,7 +150,7 @@ def pick(problem: Problem) -> GemmConfig | EpilogueConfig:
     if problem.dtype not in (*HALF, "float32"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {problem.dtype!r}")
     if problem.dtype in HALF:
-        for rule in GEMM_RULES:
+        for rule in (*TUNED, *GEMM_RULES):
             if fits(rule, problem):
                 return rule.config
     return pick_epilogue(problem)
@@ -152,3 +167,8 @@ def fits(rule: Rule, problem: Problem) -> bool:
 
 def pick_epilogue(problem: Problem) -> EpilogueConfig:
     return EPILOGUE_NARROW if problem.softcap or problem.statistics else EPILOGUE
+
+
+def pick_redo(single: bool) -> GemmConfig:
+    """How rows are run again; `single`: float32."""
+    return REDO_FLOAT if single else REDO

@@ -24,7 +24,7 @@ def test_every_problem_has_an_answer(arch, dtype):
         if dtype == "float32" or not aligned or arch == 120:
             assert config == configs.pick_epilogue(problem)
         else:
-            assert config in [rule.config for rule in configs.GEMM_RULES]
+            assert config in [rule.config for rule in (*configs.TUNED, *configs.GEMM_RULES)]
             assert config.loads == ("pointer" if arch < 90 else "descriptor")
 
 
@@ -43,7 +43,7 @@ def test_an_unknown_dtype_is_named():
 
 def test_tiles_a_kernel_can_run():
     """Powers of two, a split that divides, and half the rows of a warp-specialised tile for each of two consumers."""
-    for rule in (*configs.GEMM_RULES, *configs.CANDIDATES):
+    for rule in (*configs.TUNED, *configs.GEMM_RULES, *configs.CANDIDATES):
         config = rule.config
         assert isinstance(config, GemmConfig)
         for size in (config.block_m, config.block_v, config.block_h, config.num_warps):

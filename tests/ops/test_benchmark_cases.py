@@ -8,8 +8,20 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.cases import HEADS, Case, HeadShape, Outcome, Problem, full_cases, small_cases, truth
+from benchmarks.cases import (
+    GRID_ROWS,
+    HEADS,
+    Case,
+    HeadShape,
+    Outcome,
+    Problem,
+    full_cases,
+    grid_cases,
+    small_cases,
+    truth,
+)
 from benchmarks.measure import errors_of, gate, measure
+from benchmarks.plot import curves
 from benchmarks.sides import SIDES, Side
 from mmrlhf.ops import reference
 from numerics import assert_no_worse
@@ -67,6 +79,33 @@ def test_names_of_cases_are_their_own():
     assert len(set(names)) == len(names)
     assert {case.task for case in small_cases()} == set(SIDES)
     assert {case.head for case in full_cases()} == set(HEADS) - {"tiny"}
+    grid = [case.name for case in grid_cases()]
+    assert len(set(grid)) == len(grid)
+    assert {(case.head, case.rows) for case in grid_cases()} == {
+        (h, n) for h in set(HEADS) - {"tiny"} for n in GRID_ROWS
+    }
+
+
+def test_curves_over_rows(tmp_path):
+    """Two sides at two N, one of them without a figure at one; and nothing to draw where every N is its own case."""
+    pytest.importorskip("matplotlib", reason="the picture needs it")
+
+    def case(rows, *sides):
+        names = {"name": f"linear_logp/tiny/{rows}/float32/frozen", "task": "linear_logp", "head": "tiny", "rows": rows}
+        return names | {"dtype": "float32", "grads": "frozen", "sides": list(sides)}
+
+    def side(name, milliseconds, extra):
+        return {"side": name, "units": milliseconds, "milliseconds": milliseconds, "extra_bytes": extra}
+
+    about = {"command": "the command", "machine": {"threads": 1}}
+    sides = side("mmrlhf", 1.0, 1 << 20), side("trl", None, None)
+    both = [case(64, *sides), case(128, side("mmrlhf", 2.0, 2 << 20), side("trl", 5.0, 9 << 20))]
+    assert curves(about | {"cases": both}, tmp_path / "rows.svg")
+    picture = (tmp_path / "rows.svg").read_text()
+    assert "mmrlhf" in picture
+    assert "scored tokens" in picture
+    assert not curves(about | {"cases": both[:1]}, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
 
 
 def test_command_line_writes_what_it_prints(tmp_path, monkeypatch, capsys):
