@@ -5,9 +5,12 @@
 #     make test     the tests
 #
 # The first run makes .venv and installs into it; later runs do not, unless pyproject.toml, CMakeLists.txt or compiled
-# sources changed. Variables: PYTHON (the interpreter to start from), TORCH (what pip is asked for; PyTorch's CPU build,
-# named as its install page says, saves gigabytes on a machine without a GPU), DEMO and TEST (more arguments),
-# MMRLHF_NO_EXT=1 (no compiler: pure Python).
+# sources changed. `make test-hosts` runs the tests inside LLaMA-Factory and ms-swift, each in an environment of its own
+# under .venv-hosts (about 4 GB, made once, needs the network).
+#
+# Variables: PYTHON (the interpreter to start from), TORCH (what pip is asked for; PyTorch's CPU build, named as its
+# install page says, saves gigabytes on a machine without a GPU), DEMO and TEST (more arguments), MMRLHF_NO_EXT=1 (no
+# compiler: pure Python).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -21,7 +24,9 @@ PIP := $(PY) -m pip -qq --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-$(if $(MMRLHF_NO_EXT),pure,compiled)
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc kernels/cuda -type f)
 
-.PHONY: demo test bench lint wheel clean
+HOSTS := llamafactory swift
+
+.PHONY: demo test test-hosts bench lint wheel clean
 .DEFAULT_GOAL := help
 
 demo: $(INSTALLED)
@@ -29,6 +34,12 @@ demo: $(INSTALLED)
 
 test: $(VENV)/.dev
 	@$(PY) -m pytest -q $(TEST)
+
+test-hosts: $(HOSTS:%=.venv-hosts/%/.installed)
+	@for host in $(HOSTS); do \
+	  echo "Inside $$host:"; \
+	  .venv-hosts/$$host/bin/python -m pytest -q tests/hosts/test_$$host.py $(TEST) || exit 1; \
+	done
 
 bench: $(VENV)/.dev
 	@$(PY) -m pytest -q benchmarks $(BENCH)
@@ -69,7 +80,8 @@ $(INSTALLED): $(VENV)/.torch $(BUILD_INPUTS)
 	@$(PIP) install --editable '.[report]'
 	@test -z "$(MMRLHF_NO_EXT)" || echo "Built: pure Python, no extension"
 	@test -n "$(MMRLHF_NO_EXT)" || $(PY) -c "from mmrlhf import _C; b = _C.build_info(); print('Built: CPU ops with', \
-	  b['isa'] + '; CUDA ops', 'for ' + b['cuda_archs'] if b['cuda'] else 'left out, no working nvcc found')"
+	  b['isa'] + '; CUDA ops', 'for ' + b['cuda_archs'] if b['cuda'] else 'left out, no working nvcc found'); \
+	  b['cuda'] and print('Built: Hopper GEMM', b['exp2_gemm'] and 'with ' + b['exp2_gemm'] or 'left out, no nvidia-cutlass found')"
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
@@ -77,4 +89,16 @@ $(INSTALLED): $(VENV)/.torch $(BUILD_INPUTS)
 $(VENV)/.dev: $(INSTALLED)
 	@echo "Installing what the tests need ..."
 	@$(PIP) install 'mmrlhf[dev]'
+	@touch $@
+
+# A host's packages and nothing else: its trainer wants other versions than .venv has. The compiled part of torchaudio,
+# which is there for CUDA alone, does not load beside a CPU torch, and is not used.
+.venv-hosts/%/.installed: tests/hosts/%.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "Setting up $(@D), once (minutes) ..."
+	@{ $(@D)/bin/python -m pip -qq --disable-pip-version-check install $(TORCH) && \
+	   $(@D)/bin/python -m pip -qq --disable-pip-version-check install -r $<; } || \
+	  { echo "Could not install the packages of $<: this needs the network, once." >&2; exit 1; }
+	@$(@D)/bin/python -c 'import torch; raise SystemExit(torch.version.cuda is None)' || \
+	  rm -f $(@D)/lib/python*/site-packages/torchaudio/lib/*
 	@touch $@

@@ -1,20 +1,24 @@
 """Compile every Triton configuration that `configs.pick` can return, without a GPU, and say what came out.
 
-    python -m benchmarks.aot [--arch 90] [--quick]
+    python -m benchmarks.aot [--arch 90] [--quick] [--jobs N]
 
-One line a kernel: registers, spills, shared memory, and what the SASS holds (wgmma on sm_90, tcgen05 on sm_100, TMA,
-warp specialisation). Exit status 1 where a kernel does not compile, a hot kernel spills, shared memory is over the
-architecture's limit (which Triton checks only on a device), or an instruction that the configuration is about is not
-there. Works alike in Triton 3.6 and 3.9; the disassemblers are those that Triton brings. Not covered: speed.
+The list of cases is benchmarks/aot_cases.py. One line a kernel: registers, spills, shared memory, and what the SASS
+holds (wgmma on sm_90, tcgen05 on sm_100, TMA, warp specialisation). Exit status 1 where a kernel does not compile, a
+hot kernel spills, shared memory is over the architecture's limit (which Triton checks only on a device), or an
+instruction that the configuration is about is not there. Works alike in Triton 3.6 and 3.9; the disassemblers are those
+that Triton brings. Not covered: speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
-import itertools
+import functools
+import multiprocessing
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,25 +32,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmrlhf.kernels.triton import configs, launch, linear_logp, preference
-from mmrlhf.kernels.triton.configs import GemmConfig, LaunchConfig, Problem
+from benchmarks.aot_cases import Case, cases
+from mmrlhf.kernels.triton import configs, linear_logp
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "USETMAXREG", "STL", "LDL")
-WIDTH = 4096  # of the hidden rows; only its divisibility is seen
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel with its compile-time arguments; pointers take 16-byte aligned tensors, as PyTorch's are."""
-
-    name: str
-    kernel: Any
-    config: LaunchConfig
-    types: dict[str, str]  # of the arguments that are neither constants nor int32
-    constants: dict[str, Any]
-    hot: bool = True
-    needs: tuple[str, ...] = ()  # instructions that have to be there
 
 
 @dataclass
@@ -57,123 +47,6 @@ class Result:
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
     error: str = ""
-
-
-def gemm_cases(arch: int, *, quick: bool) -> Iterator[Case]:
-    """What `pick` returns for few and many rows and every epilogue, and the candidates for the same problems."""
-    seen = set()
-    for rows, bias, softcap, statistics in itertools.product((64, 4096), *[(False, True)] * 3):
-        if quick and softcap != bias:
-            continue
-        problem = Problem(arch, rows, WIDTH, 151646, bias=bias, softcap=softcap, statistics=statistics)
-        found = [configs.pick(problem), *(rule.config for rule in configs.CANDIDATES if configs.fits(rule, problem))]
-        names = [name for name in ("bias", "softcap", "statistics") if getattr(problem, name)]
-        for config in found:
-            assert isinstance(config, GemmConfig), f"sm_{arch} has no GEMM row for {problem}"
-            variants = ["+".join(names)]
-            if not names and not quick:
-                variants += ["sums", "ragged width"] if config.loads == "pointer" else ["sums"]
-            for variant in variants:
-                if (config, variant) not in seen:
-                    seen.add((config, variant))
-                    yield gemm_case(arch, config, variant)
-
-
-def gemm_case(arch: int, config: GemmConfig, variant: str) -> Case:
-    width = WIDTH + 16 if "ragged" in variant else WIDTH
-    constants: dict[str, Any] = launch.gemm_constants(config, "softcap" in variant, "statistics" in variant, width)
-    types = {"hidden": "*bf16", "weight": "*bf16", "out": "*bf16", "bias": "*bf16", **_rows()}
-    if config.loads == "descriptor":
-        types["hidden"] = f"tensordesc<bf16[{config.block_m}, {config.block_h}]>"
-        types["weight"] = f"tensordesc<bf16[{config.block_v}, {config.block_h}]>"
-        types["out"] = f"tensordesc<bf16[{config.block_m}, {config.tile_columns}]>"
-    if "bias" not in variant:
-        constants["bias"] = None
-    if variant == "sums":
-        constants["out"] = None
-    needs: tuple[str, ...] = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}[arch]
-    if config.loads != "pointer":
-        needs += ("UTMALDG",) if variant == "sums" else ("UTMALDG", "UTMASTG")
-    if config.warp_specialize:
-        needs += ("USETMAXREG",)
-    shape = f"{config.block_m}x{config.block_v}x{config.block_h}"
-    name = f"exp2_gemm {config.loads} {shape} w{config.num_warps} s{config.num_stages}"
-    name += (f" split{config.split}" if config.split > 1 else "") + (" ws" if config.warp_specialize else "")
-    return Case(f"{name} {variant}".strip(), linear_logp.exp2_gemm_kernel, config, types, constants, needs=needs)
-
-
-def epilogue_cases(*, quick: bool) -> Iterator[Case]:
-    table = [(configs.EPILOGUE, ""), (configs.EPILOGUE_NARROW, "softcap+bias+statistics")]
-    if not quick:
-        table += [
-            (configs.EPILOGUE, "bias"),
-            (configs.EPILOGUE_NARROW, "softcap"),
-            (configs.EPILOGUE_NARROW, "statistics"),
-        ]
-    for config, variant in table:
-        constants = {
-            "SOFTCAP": "softcap" in variant,
-            "STATS": "statistics" in variant,
-            "BLOCK_M": config.block_m,
-            "BLOCK_V": config.block_v,
-        }
-        types = {"tile": "*fp32", "out": "*bf16", "bias": "*bf16", **_rows()}
-        if "bias" not in variant:
-            constants["bias"] = None
-        name = f"exp2_epilogue {config.block_m}x{config.block_v} w{config.num_warps} {variant}".strip()
-        yield Case(name, linear_logp.exp2_epilogue_kernel, config, types, constants)
-
-
-def row_cases() -> Iterator[Case]:
-    """The kernels that run a few numbers a row."""
-    config = configs.TARGET_LOGIT
-    constants: dict[str, Any] = {"SOFTCAP": True, "BLOCK_M": config.block_m, "BLOCK_H": config.block_other}
-    types = {"hidden": "*bf16", "weight": "*bf16", "bias": "*bf16", **_rows()}
-    yield Case("target_logit", linear_logp.target_logit_kernel, config, types, constants)
-    config = configs.UNIT_GRADIENT
-    constants = {"BLOCK_M": config.block_m, "BLOCK_H": config.block_other}
-    types = {"product": "*fp32", "out": "*fp32", "weight": "*bf16", **_rows()}
-    yield Case("unit_gradient", linear_logp.unit_gradient_kernel, config, types, constants)
-    config = configs.FINISH
-    for statistics in (False, True):
-        constants = {"STATS": statistics, "BLOCK_M": config.block_m, "BLOCK_T": config.block_other}
-        if not statistics:
-            constants |= dict.fromkeys(("entropy", "sum_p2", "is_top1", "mean_logit", "maximum"))
-        name = "finish" + (" statistics" if statistics else "")
-        yield Case(name, linear_logp.finish_kernel, config, _rows(), constants, hot=False)
-
-
-def preference_cases(arch: int, *, quick: bool) -> Iterator[Case]:
-    """Every kind for one architecture; the shortest and the one with a pass more for the others."""
-    config = configs.PREFERENCE
-    kinds = preference.KINDS if arch == 90 and not quick else ("sigmoid", "bco_pair")
-    inputs = "logp token_weight reference beta margin pair_weight"
-    outputs = "scores rewards d_score losses margins betas coef total_loss accuracy sft_loss"
-    floats = "beta_value w k label_smoothing gamma_beta_ratio discopop_tau num_pairs_value num_sft_value sft_weight"
-    types = dict.fromkeys(f"{inputs} {outputs}".split(), "*fp32") | dict.fromkeys(floats.split(), "fp32")
-    types |= {"cu_seqlens": "*i64", "pairs": "*i64", "scratch": "*fp64"}
-    for kind in kinds:
-        constants = {"KIND": kind, "MEAN": True, "PER_PAIR": True, "num_pairs": None, "num_sft_tokens": None}
-        constants |= {"BLOCK_R": config.block_r, "BLOCK_T": config.block_t, "BLOCK_P": config.block_p}
-        yield Case(f"preference {kind}", preference.preference_kernel, config, types, constants)
-
-
-def _rows() -> dict[str, str]:
-    """Types of the arguments that the linear_logp kernels share."""
-    floats = "offset partial z_y slope_y rest logp entropy sum_p2 mean_logit maximum"
-    types = dict.fromkeys(floats.split(), "*fp32") | dict.fromkeys(
-        ("gain", "bias_gain", "cap", "logit_scale", "softcap"), "fp32"
-    )
-    return types | {"target": "*i64", "is_top1": "*i8"}
-
-
-def cases(arch: int, *, quick: bool = False) -> list[Case]:
-    return [
-        *gemm_cases(arch, quick=quick),
-        *epilogue_cases(quick=quick),
-        *row_cases(),
-        *preference_cases(arch, quick=quick),
-    ]
 
 
 def compile_case(case: Case, arch: int) -> Result:
@@ -269,26 +142,40 @@ def line(case: Case, result: Result) -> str:
     )
 
 
+def _compile_numbered(arch: int, quick: bool, number: int) -> Result:
+    return compile_case(cases(arch, quick=quick)[number], arch)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=configs.ARCHITECTURES, help="default: all")
     parser.add_argument("--quick", action="store_true", help="one epilogue a configuration, two loss kinds")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     chosen = parser.parse_args(arguments)
     if type(linear_logp.exp2_gemm_kernel).__name__ == "InterpretedFunction":
         print("TRITON_INTERPRET is set: the kernels were decorated for the interpreter and cannot be compiled")
         return 2
     failures, count, start = [], 0, time.perf_counter()
-    for arch in chosen.arch or configs.ARCHITECTURES:
-        print(f"sm_{arch}, Triton {triton.__version__}, shared memory limit {configs.SHARED_LIMIT[arch]} B", flush=True)
-        for case in cases(arch, quick=chosen.quick):
-            result = compile_case(case, arch)
-            print(line(case, result), flush=True)
-            found = faults(case, result, arch)
-            for fault in found:
-                print(f"    FAULT {fault}", flush=True)
-            failures += [f"sm_{arch} {case.name}"] if found else []
-            count += 1
-    print(f"{count} kernels, {len(failures)} at fault, {time.perf_counter() - start:.0f} s")
+    with concurrent.futures.ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("fork")) as pool:
+        for arch in chosen.arch or configs.ARCHITECTURES:
+            found = cases(arch, quick=chosen.quick)
+            limit = configs.SHARED_LIMIT[arch]
+            print(f"sm_{arch}, Triton {triton.__version__}, shared memory limit {limit} B", flush=True)
+            numbers = range(len(found))  # not the kernels themselves: they do not pickle, and a fork has them
+            results = pool.map(functools.partial(_compile_numbered, arch, chosen.quick), numbers)
+            for case, result in zip(found, results, strict=True):
+                print(line(case, result), flush=True)
+                why = faults(case, result, arch)
+                for fault in why:
+                    print(f"    FAULT {fault}", flush=True)
+                failures += [f"sm_{arch} {case.name}"] if why else []
+                count += 1
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(each.ru_utime + each.ru_stime for each in used)
+    seconds = time.perf_counter() - start
+    print(f"{count} kernels, {len(failures)} at fault, {seconds:.0f} s, {cpu:.0f} s of CPU time")
+    for name in failures:
+        print(f"FAILED: {name}")
     return 1 if failures else 0
 
 

@@ -28,6 +28,7 @@ OPTIONAL = (
     ("nanobind_backend", "nanobind-backend", "the extension is linked with nanobind instead of sharing its backend"),
     ("nanobind", "nanobind", "no extension: the CUDA C++ op is not built"),
     ("scikit_build_core", "scikit-build-core", "no build"),
+    ("cutlass_library", "nvidia-cutlass", "the extension is built without its GEMM for Hopper"),
     ("omegaconf", "omegaconf", "tests that read a recipe"),
     ("transformers", "transformers", "tests of models, the whole step"),
     ("peft", "peft", "the whole step with LoRA"),

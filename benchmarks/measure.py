@@ -7,19 +7,17 @@ process's processors, which other processes do not lengthen: at one thread the f
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Outcome, Problem
+from benchmarks.memory import peak_bytes
 from benchmarks.sides import Side, versions
 from numerics import assert_no_worse
 
@@ -117,34 +115,6 @@ def clocks(function: Callable[[], Any], like: Tensor) -> tuple[float, float]:
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
-    """The most that `step` holds beyond what is there now: resident memory (Linux), or what CUDA allocates.
-
-    None where the system cannot say.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps for later would hide what the step takes
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    except (OSError, AttributeError):
-        return None
-    before = _status("VmRSS")
-    step()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) << 10
-    raise OSError(f"/proc/self/status has no {name}")
 
 
 def machine() -> dict[str, Any]:

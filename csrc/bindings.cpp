@@ -4,9 +4,12 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include "bindings_exp2_gemm.h"
 #include "checks.h"
 #include "cpu/exp2_rowsum.h"
 #include "cpu/parallel.h"
+#include "cpu/preference.h"
+#include "preference.h"
 #if defined(MMRLHF_CUDA_ARCHS)
 #include "bindings_cuda.h"
 #endif
@@ -49,6 +52,36 @@ void exp2_rowsum_(const Array& tile, const Array& offset, const Array& sums, con
                    threads);
 }
 
+// An index out of range would be read or written through; on the CPU looking is free.
+void check_ranges(const PreferenceArguments& a, int64_t tokens) {
+  if (a.end(0) != 0 || a.end(a.responses) != tokens) {
+    throw nb::value_error(("cu_seqlens must run from 0 to " + std::to_string(tokens) + ", got " +
+                           std::to_string(a.end(0)) + " to " + std::to_string(a.end(a.responses)))
+                              .c_str());
+  }
+  for (int64_t r = 0; r < a.responses; ++r) {
+    if (a.end(r + 1) < a.end(r)) {
+      throw nb::value_error(("cu_seqlens must be in ascending order; entry " + std::to_string(r + 1) + " is " +
+                             std::to_string(a.end(r + 1)))
+                                .c_str());
+    }
+  }
+  for (int64_t i = 0; i < 2 * a.count; ++i) {
+    const int64_t r = PreferenceArguments::at(a.pairs, a.wide_pairs, i);
+    if (r < 0 || r >= a.responses) {
+      throw nb::value_error(("pairs must be responses in [0, " + std::to_string(a.responses) + "); entry " +
+                             std::to_string(i) + " is " + std::to_string(r))
+                                .c_str());
+    }
+  }
+}
+
+void preference_cpu(const PreferenceArguments& a, int64_t tokens, int) {
+  check_ranges(a, tokens);
+  nb::gil_scoped_release unlocked;
+  cpu::preference(a);
+}
+
 nb::dict build_info() {
   nb::dict info;
   info["version"] = MMRLHF_VERSION;
@@ -67,6 +100,7 @@ nb::dict build_info() {
   info["cuda_archs"] = "";
   info["cuda_compiler"] = "";
 #endif
+  info["exp2_gemm"] = exp2_gemm_built();
   return info;
 }
 
@@ -80,7 +114,9 @@ NB_MODULE(_C, m) {
   m.def("exp2_rowsum_", &mmrlhf::exp2_rowsum_, "tile"_a.noconvert(), "offset"_a.noconvert(), "sums"_a.noconvert(),
         nb::kw_only(), "target_col"_a.noconvert() = nb::none(), "target_exp"_a.noconvert() = nb::none(),
         "accumulate"_a = false, "threads"_a = 1, "isa"_a = "auto");
+  mmrlhf::def_preference(m, "preference_", nb::device::cpu::value, &mmrlhf::preference_cpu);
   m.def("build_info", &mmrlhf::build_info);
+  mmrlhf::bind_exp2_gemm(m);
 #if defined(MMRLHF_CUDA_ARCHS)
   mmrlhf::bind_cuda(m);
 #endif

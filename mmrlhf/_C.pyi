@@ -14,6 +14,7 @@ class BuildInfo(TypedDict):
     cuda: bool
     cuda_archs: str  # CMake's notation: "80-real 80-virtual 90a-real"
     cuda_compiler: str
+    exp2_gemm: str  # "CUTLASS 4.2.0", or "" where it was left out
 
 def build_info() -> BuildInfo:
     """What was built, and what of it this machine uses."""
@@ -53,3 +54,171 @@ def exp2_rowsum_cuda(
 
     `stream` is torch.cuda.current_stream(tile.device).cuda_stream. Raises also RuntimeError with CUDA's own message.
     """
+
+def preference_(
+    logp: Any,  # [N] float32, nats
+    cu_seqlens: Any,  # [R + 1] int32 or int64
+    pairs: Any,  # [P, 2] int32 or int64, (better, worse)
+    scores: Any,  # [R] float32, written, as all that follow
+    rewards: Any,  # [R]
+    losses: Any,  # [P]
+    margins: Any,  # [P]
+    betas: Any,  # [P]
+    coef: Any,  # [N], d loss / d logp
+    loss: Any,  # []
+    accuracy: Any,  # []
+    sft_loss: Any,  # []
+    *,
+    token_weight: Any | None = None,  # [N] float32
+    reference_scores: Any | None = None,  # [R] float32
+    beta: float = 0.1,
+    beta_tensor: Any | None = None,  # [P] or [] float32, in the place of beta
+    margin: Any | None = None,  # [P] float32: beta * (1 + w * (1 - exp(-k * margin)))
+    w: float = 0.5,
+    k: float = 0.5,
+    pair_weight: Any | None = None,  # [P] float32
+    kind: str = "sigmoid",
+    mean: bool = False,
+    label_smoothing: float = 0.0,
+    gamma_beta_ratio: float = 0.5,
+    discopop_tau: float = 0.05,
+    num_pairs: float = 1.0,
+    num_sft_tokens: float = 0.0,  # 0: the better responses' tokens, once a pair
+    sft_weight: float = 0.0,
+) -> None:
+    """ops.reference.Objective from log-probabilities to the loss, and its derivative for every token, in one pass.
+
+    float64 between float32 inputs and outputs. Contiguous arrays on the CPU. Raises TypeError for a wrong dtype,
+    ValueError for a wrong shape, stride, device or kind, for cu_seqlens that do not run from 0 to N in ascending order,
+    and for pairs outside [0, R). The interpreter lock is released.
+    """
+
+def exp2_gemm_sm90_plan(rows: int, vocab: int, *, multiprocessors: int, tile: str = "auto") -> dict[str, Any]:
+    """How exp2_gemm_sm90_ cuts a problem, and what `partial` has to be for it. Pure; there in every build.
+
+    tile: rows and columns of a tile of E, such as "128x256"; tiles, padded_rows: the shape of `partial`; row_step: rows
+    that two blocks take, a chunk that is no multiple leaves part of them idle; swizzle.
+
+    Raises ValueError for a negative size and a tile of another name.
+    """
+
+def exp2_gemm_sm90_(
+    hidden: Any,  # [N, H] bfloat16
+    weight: Any,  # [V, H] bfloat16
+    out: Any | None,  # [N, V] bfloat16, written; None: the sums alone
+    *,
+    target: Any,  # [N] int64; one outside [0, V) meets no column, if 32 bits hold it
+    offset: Any,  # [N] float32, k
+    partial: Any,  # [tiles, padded_rows] float32, written, see exp2_gemm_sm90_plan
+    bias: Any | None = None,  # [V] float32
+    logit_scale: float = 1.0,
+    tile: str = "auto",
+    stream: int,
+) -> None:
+    """out[n, v] <- 2^(z log2(e) - k_n), z = logit_scale <h_n, W_v> + b_v, 0 at the target; and sums over tiles.
+
+    partial[t, n] is the float32 sum of row n over columns 256 t ... 256 t + 255 before rounding to bfloat16, always
+    added in the same order; columns of `partial` from N on hold nothing of use. Relative error of E below 3e-6 for
+    |log2 E| < 30. H and all row strides must be multiples of 8, all addresses multiples of 16. For compute capability
+    9.0, on `stream`, without waiting.
+
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, stride, address, device or tile, RuntimeError
+    where build_info()["exp2_gemm"] is empty or the launch fails.
+    """
+
+# The cuda ops below are there only where build_info()["cuda"]. All write into arguments on one CUDA device, on `stream`
+# (torch.cuda.current_stream(device).cuda_stream), without waiting: a CUDA graph can hold them. Indices on the device
+# are not checked. They raise TypeError for a wrong dtype, ValueError for a wrong shape, stride or device, RuntimeError
+# with CUDA's own message. z = logit_scale <h, W_v> + b_v, then softcap * tanh(z / softcap) where softcap > 0.
+
+def target_logit_cuda(
+    hidden: Any,  # [N, H] float32 or bfloat16, columns contiguous, as in every matrix
+    weight: Any,  # [V, H], of the same dtype
+    target: Any,  # [N] int64; one outside [0, V) is not read, its row becomes NaN
+    z_y: Any,  # [N] float32, written
+    offset: Any,  # [N] float32, written: k = rint(z_y log2(e))
+    *,
+    bias: Any | None = None,  # [V] float32
+    slope_y: Any | None = None,  # [N] float32, written: the slope of the cap; goes with a softcap
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    stream: int,
+) -> None:
+    """The logit of each row's target, by gather-dot."""
+
+def exp2_epilogue_cuda(
+    tile: Any,  # [N, c] float32, <h, W_v> for v in [start, start + c)
+    out: Any | None,  # [N, c] float32 or bfloat16, written; may be `tile`; None: the sums alone
+    target: Any,  # [N] int64, of the whole vocabulary
+    offset: Any,  # [N] float32
+    partial: Any,  # [ceil(c / 1024), N] float32, written
+    *,
+    start: int,
+    bias: Any | None = None,  # [c] float32, the block's part
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    stream: int,
+) -> None:
+    """E = 2^(z log2(e) - k), times the slope of the cap, 0 at the targets, and sums of E a tile, in one pass."""
+
+def finish_cuda(
+    partial: Any,  # [tiles, N] float32
+    z_y: Any,  # [N] float32
+    offset: Any,  # [N] float32
+    rest: Any,  # [N] float32, written: S'
+    logp: Any,  # [N] float32, written: nats
+    *,
+    stream: int,
+) -> None:
+    """Partial sums to S' and logp = -log1p(S' / E_y), added in one order, in float64."""
+
+def unit_gradient_cuda(
+    product: Any,  # [N, H] float32, E W on entry
+    weight: Any,  # [V, H] float32 or bfloat16
+    target: Any,  # [N] int64
+    z_y: Any,  # [N] float32
+    offset: Any,  # [N] float32
+    rest: Any,  # [N] float32
+    *,
+    slope_y: Any | None = None,  # [N] float32
+    logit_scale: float = 1.0,
+    stream: int,
+) -> None:
+    """product <- dlogp/dh = logit_scale (S' slope_y W_y - E W) / S."""
+
+def preference_cuda(
+    logp: Any,
+    cu_seqlens: Any,
+    pairs: Any,
+    scores: Any,
+    rewards: Any,
+    losses: Any,
+    margins: Any,
+    betas: Any,
+    coef: Any,
+    loss: Any,
+    accuracy: Any,
+    sft_loss: Any,
+    *,
+    token_weight: Any | None = None,
+    reference_scores: Any | None = None,
+    beta: float = 0.1,
+    beta_tensor: Any | None = None,
+    margin: Any | None = None,
+    w: float = 0.5,
+    k: float = 0.5,
+    pair_weight: Any | None = None,
+    kind: str = "sigmoid",
+    mean: bool = False,
+    label_smoothing: float = 0.0,
+    gamma_beta_ratio: float = 0.5,
+    discopop_tau: float = 0.05,
+    num_pairs: float = 1.0,
+    num_sft_tokens: float = 0.0,
+    sft_weight: float = 0.0,
+    scratch: Any,  # [3 R + 2 P] float64, written
+    num_pairs_tensor: Any | None = None,  # [] float64, in the place of num_pairs
+    num_sft_tokens_tensor: Any | None = None,  # [] float64
+    stream: int,
+) -> None:
+    """preference_ in one launch; deterministic."""

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from mmrlhf.batch import GroupBatch
     from mmrlhf.data.schema import PreferenceGroup
     from mmrlhf.data.segments import segment_weights
-    from mmrlhf.ops import dynamic_beta, fused_preference_loss, linear_logp, preference_loss, sequence_score
+    from mmrlhf.ops import (
+        dynamic_beta,
+        fused_preference_loss,
+        linear_logp,
+        preference_loss,
+        sequence_score,
+        token_statistics,
+    )
 
 __version__ = "0.1.0"
 
@@ -28,6 +35,7 @@ __all__ = [
     "preference_loss",
     "segment_weights",
     "sequence_score",
+    "token_statistics",
 ]
 
 _HOME = {
@@ -39,6 +47,7 @@ _HOME = {
     "preference_loss": "mmrlhf.ops",
     "segment_weights": "mmrlhf.data.segments",
     "sequence_score": "mmrlhf.ops",
+    "token_statistics": "mmrlhf.ops",
 }
 
 

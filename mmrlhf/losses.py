@@ -12,8 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmrlhf.ops import FusedPreferenceOutput, checks, dynamic_beta, fused_preference_loss, implicit_beta, linear_logp
+from mmrlhf.ops.adapter import Adapters
 from mmrlhf.ops.preference import check_kind
 from mmrlhf.ops.sequence_score import REDUCTIONS
+from mmrlhf.ops.sharded import VocabShard
 
 BETA_MODES = ("fixed", "margin", "implicit")
 
@@ -42,12 +44,17 @@ class LinearLogp(nn.Module):
         weight: Tensor,  # [V, H]
         targets: Tensor,  # [...]
         bias: Tensor | None = None,  # [V]
+        *,
+        adapter: Adapters = None,
+        shard: VocabShard | None = None,
     ) -> Tensor:
         return linear_logp(
             hidden,
             weight,
             targets,
             bias=bias,
+            adapter=adapter,
+            shard=shard,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
             ignore_index=self.ignore_index,
@@ -122,6 +129,8 @@ class PreferenceLoss(nn.Module):
         margin: Tensor | None = None,  # [P]
         pair_weight: Tensor | None = None,  # [P]
         bias: Tensor | None = None,  # [V]
+        adapter: Adapters = None,
+        shard: VocabShard | None = None,
         num_pairs: float | Tensor | None = None,
         num_sft_tokens: float | Tensor | None = None,
     ) -> FusedPreferenceOutput:
@@ -136,6 +145,8 @@ class PreferenceLoss(nn.Module):
             beta=self._beta(pairs, margin),
             pair_weight=pair_weight,
             bias=bias,
+            adapter=adapter,
+            shard=shard,
             num_pairs=num_pairs,
             num_sft_tokens=num_sft_tokens,
             **self.settings,

@@ -84,6 +84,7 @@ def test_extras_hold_what_the_readme_promises():
         "report",
         "video",
         "test",
+        "bench",
         "dev",
     }
 

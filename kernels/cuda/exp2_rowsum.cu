@@ -1,20 +1,19 @@
 // exp2_rowsum: exponentials with a known offset a row, in place, and their row sums. One pass over the tile:
 // 4 B read and 4 B written an element, so the floor is the memory's bandwidth. One block a row; a thread sums its
 // columns in order and the block sums its threads by a fixed tree, so the result does not vary from run to run.
-#include "formulas.cuh"
+#include "device.cuh"
 #include "launch.h"
 
 namespace mmrlhf::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+constexpr int kWarps = kThreads / kWarpSize;
 
 __device__ __forceinline__ float block_sum(float value) {
   __shared__ float partial[kWarps];
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  value = lane_sum(value);
+  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   float total = 0.0f;
   if (threadIdx.x == 0) {
@@ -65,10 +64,9 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t exp2_rowsum(float* tile, const float* offset, float* sums, const int64_t* target_col, float* target_exp,
                         int64_t rows, int64_t cols, int64_t stride, bool accumulate, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
-  if (rows > INT32_MAX) return cudaErrorInvalidValue;  // the grid's first dimension ends at 2^31 - 1
-  exp2_rowsum_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(tile, offset, sums, target_col, target_exp,
-                                                                          cols, stride, accumulate);
-  return cudaGetLastError();
+  if (rows > kMostBlocks) return cudaErrorInvalidValue;
+  return start(exp2_rowsum_kernel, dim3(static_cast<unsigned>(rows)), kThreads, stream, tile, offset, sums, target_col,
+               target_exp, cols, stride, accumulate);
 }
 
 }  // namespace mmrlhf::cuda

@@ -14,6 +14,17 @@
 
 namespace mmrlhf {
 
+// A load of what nobody writes meanwhile: on the device through the read-only cache, so that loads need not wait for
+// stores before them.
+template <typename T>
+MMRLHF_HD T read_only(const T* at) {
+#if defined(__CUDA_ARCH__)
+  return __ldg(at);
+#else
+  return *at;
+#endif
+}
+
 // log2(e) in two float32 pieces. Their sum is off by less than 1e-16.
 constexpr float kLog2eHigh = 1.44269502f;
 constexpr float kLog2eLow = 1.92596303e-08f;
@@ -76,6 +87,55 @@ MMRLHF_HD float exp2_offset(float z, float k) {
   const uint32_t exponent = bits_of(shifted) - bits_of(kRoundMagic);
   const uint32_t half = static_cast<uint32_t>(static_cast<int32_t>(exponent) >> 1);
   return p * float_of((half + 127u) << 23) * float_of((exponent - half + 127u) << 23);
+}
+
+// tanh(x) with 1 - tanh(x)^2, each within a few ulp: the slope is no
+// difference where tanh is near 1. Below 0.625 Cephes' odd polynomial (tanhf); above, with u = exp(-2|x|),
+// 1 - 2u / (1 + u) and 4u / (1 + u)^2.
+struct Tanh {
+  float value, slope;
+};
+
+MMRLHF_HD Tanh tanh_and_slope(float x) {
+  const float size = fabsf(x);
+  if (size < 0.625f) {
+    const float square = x * x;
+    float series = fmaf(-5.70498872745e-3f, square, 2.06390887954e-2f);
+    series = fmaf(series, square, -5.37397155531e-2f);
+    series = fmaf(series, square, 1.33314422036e-1f);
+    series = fmaf(series, square, -3.33332819422e-1f);
+    const float value = fmaf(x * square, series, x);
+    return {value, fmaf(-value, value, 1.0f)};
+  }
+  const float u = exp2_offset(-2.0f * size, 0.0f), inverse = 1.0f / (1.0f + u);  // NaN comes here, and stays
+  const float value = fmaf(-2.0f * u, inverse, 1.0f);
+  return {x < 0.0f ? -value : value, 4.0f * u * inverse * inverse};
+}
+
+// One logit: z = scale * raw + bias (nats), capped; then E = 2^(z log2(e) - k), and E times the slope of the cap, which
+// is what the gradient needs.
+struct Exponential {
+  float e, kept;
+};
+
+template <bool kSoftcap>
+MMRLHF_HD Exponential exponential(float raw, float scale, float bias, float softcap, float k) {
+  const float z = fmaf(scale, raw, bias);
+  if (!kSoftcap) {
+    const float e = exp2_offset(z, k);
+    return {e, e};
+  }
+  const Tanh capped = tanh_and_slope(z / softcap);
+  const float e = exp2_offset(softcap * capped.value, k);
+  return {e, e * capped.slope};
+}
+
+// What the sum S' over all other tokens says of a row: log-probability of its target, -log1p(S' / E_y). In double:
+// one number a row. Where k is the row's maximum, E_y may be tiny; there the difference of logarithms is exact enough.
+MMRLHF_HD double logp_of(double rest, double z_y, double k) {
+  constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+  const double own = z_y * kLog2e - k, e_y = exp2(own);
+  return own < -64.0 ? own * kLn2 - log(rest + e_y) : -log1p(rest / e_y);
 }
 
 }  // namespace mmrlhf

@@ -117,7 +117,7 @@ FINISH = RowConfig(4, 1, 32, 32)
 UNIT_GRADIENT = RowConfig(4, 1, 4, 512)
 SELECT = RowConfig(8, 1, 1024)
 REDO = GemmConfig(8, 3, 64, 128, 64)  # rows run again: few, so a tile of 64 rows is half empty and never the bound
-REDO_FLOAT = GemmConfig(8, 1, 64, 64, 32)  # float32 is multiplied exactly, without tensor cores
+REDO_FLOAT = GemmConfig(4, 1, 32, 64, 32)  # float32 is multiplied exactly, without tensor cores
 PREFERENCE = PreferenceConfig(16, 1, 32, 64, 128)
 
 

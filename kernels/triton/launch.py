@@ -20,6 +20,7 @@ from torch import Tensor
 import triton
 from mmrlhf.kernels.triton import configs
 from mmrlhf.kernels.triton import linear_logp as device
+from mmrlhf.kernels.triton import rows as by_row
 from mmrlhf.kernels.triton.configs import EpilogueConfig, GemmConfig, Problem
 
 LOG2E = math.log2(math.e)
@@ -60,13 +61,14 @@ class Statistics:
 
 
 @functools.cache
-def _multiprocessors(index: int) -> int:
+def multiprocessors(index: int) -> int:
+    """Of CUDA device `index`."""
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def interpreted() -> bool:
     """Whether the kernels were decorated for the interpreter, which runs them on CPU tensors."""
-    return not isinstance(device.finish_kernel, triton.JITFunction)
+    return not isinstance(by_row.finish_kernel, triton.JITFunction)
 
 
 def arch(tensor: Tensor) -> int:
@@ -124,9 +126,11 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-def _by_columns(*tensors: Tensor | None) -> None:
+def by_columns(*tensors: Tensor | None) -> None:
+    """An invariant of every kernel: a matrix has its columns side by side (of one column, or none, any stride is)."""
     for tensor in tensors:
-        assert tensor is None or tensor.dim() == 1 or tensor.stride(1) == 1, "the last dimension must be contiguous"
+        if tensor is not None and tensor.dim() > 1 and tensor.numel() and tensor.shape[1] > 1:
+            assert tensor.stride(1) == 1, "the last dimension must be contiguous"
 
 
 def _check_partial(partial: Tensor, tiles: int, rows: int) -> None:
@@ -147,14 +151,14 @@ def target_logit(
     offset: Tensor,  # [N] out, float32
 ) -> None:
     """The target's logit z_y, the slope of the cap there, and the row's offset k = rint(z_y log2(e))."""
-    _by_columns(hidden, weight)
+    by_columns(hidden, weight)
     rows, width = hidden.shape
     assert (epilogue.softcap is None) == (slope_y is None)
     if rows == 0:
         return
     config = configs.TARGET_LOGIT
     with on_device(hidden):
-        device.target_logit_kernel[(triton.cdiv(rows, config.block_m),)](
+        by_row.target_logit_kernel[(triton.cdiv(rows, config.block_m),)](
             hidden,
             weight,
             bias,
@@ -189,7 +193,7 @@ def exp2_epilogue(
     config: EpilogueConfig,
 ) -> None:
     """E of one block of columns, 0 at the targets, and its partial sums."""
-    _by_columns(tile, out)
+    by_columns(tile, out)
     rows, columns = tile.shape
     tiles = partial_tiles(columns, config)
     _check_partial(partial, tiles, rows)
@@ -232,7 +236,7 @@ def exp2_gemm(
     config: GemmConfig,
 ) -> None:
     """E = 2^(z log2(e) - k) of the whole vocabulary, 0 at the targets, and its partial sums; out=None: sums alone."""
-    _by_columns(hidden, weight, out)
+    by_columns(hidden, weight, out)
     rows, vocab, width = hidden.shape[0], weight.shape[0], hidden.shape[1]
     tiles = partial_tiles(vocab, config)
     _check_partial(partial, tiles, rows)
@@ -241,7 +245,7 @@ def exp2_gemm(
     matrices = [m for m in (hidden, weight, out) if m is not None]
     assert config.loads == "pointer" or aligned(*matrices), "descriptors need aligned matrices"
     total = triton.cdiv(rows, config.block_m) * triton.cdiv(vocab, config.block_v)
-    programs = min(total, _multiprocessors(hidden.device.index)) if hidden.device.type == "cuda" else min(total, 4)
+    programs = min(total, multiprocessors(hidden.device.index)) if hidden.device.type == "cuda" else min(total, 4)
     operands: tuple = (hidden, weight, out)
     if config.loads == "descriptor":
         operands = _descriptors(hidden, weight, out, config)
@@ -314,7 +318,7 @@ def finish(
     logp: Tensor,  # [N] out, nats
     statistics: Statistics | None = None,  # out
 ) -> None:
-    """Partial sums to S' and log-probabilities. A row with S' above 2^64 has to be run again at its maximum."""
+    """Partial sums to S' and log-probabilities. A row with S' above 2^64 is for `launch_redo`."""
     rows = z_y.shape[0]
     _check_partial(partial, partial.shape[1], rows)
     assert (partial.shape[0] == STATISTICS) == (statistics is not None), "5 rows of partial sums are the statistics"
@@ -322,7 +326,7 @@ def finish(
         return
     config = configs.FINISH
     with on_device(partial):
-        device.finish_kernel[(triton.cdiv(rows, config.block_m),)](
+        by_row.finish_kernel[(triton.cdiv(rows, config.block_m),)](
             partial,
             z_y,
             offset,
@@ -345,6 +349,24 @@ def finish(
         )
 
 
+def log_probability(
+    rest: Tensor,  # [N] S'
+    *,
+    z_y: Tensor,  # [N]
+    offset: Tensor,  # [N]
+) -> tuple[Tensor, Tensor]:
+    """logp [N] in nats and S [N], float32, from S'."""
+    logp, total = torch.empty_like(rest), torch.empty_like(rest)
+    rows = rest.shape[0]
+    if rows:
+        config = configs.FINISH
+        with on_device(rest):
+            by_row.logp_kernel[(triton.cdiv(rows, 128),)](
+                rest, z_y, offset, logp, total, rows, BLOCK_M=128, num_warps=config.num_warps
+            )
+    return logp, total
+
+
 def unit_gradient_(
     product: Tensor,  # [N, H] float32: E W
     weight: Tensor,  # [V, H]
@@ -359,13 +381,13 @@ def unit_gradient_(
 ) -> Tensor:
     """dlogp/dh [N, H] from E W, whose target column was 0."""
     out = product if out is None else out
-    _by_columns(product, out, weight)
+    by_columns(product, out, weight)
     rows, width = product.shape
     if product.numel() == 0:
         return out
     config = configs.UNIT_GRADIENT
     with on_device(product):
-        device.unit_gradient_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(width, config.block_other))](
+        by_row.unit_gradient_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(width, config.block_other))](
             product,
             out,
             weight,

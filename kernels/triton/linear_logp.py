@@ -6,22 +6,15 @@ the sum: S' is what the other tokens weigh, and logp = -log1p(S' / E_y). Two way
 float32 logits that a library GEMM made, `exp2_gemm` with the same epilogue inside. Both leave partial sums
 [statistic, vocabulary tile, row] for `finish`, which adds them in one fixed order: results never depend on timing.
 
-Nothing here allocates what it returns. Not covered: float64, and rows with S' above 2^64, which `mmrlhf.ops` finds in
-`rest` and runs again with the offset at their true maximum (statistic MAXIMUM).
+Nothing here allocates what it returns. Not covered: float64, and rows with S' above 2^64, for which `redo` is.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from mmrlhf.kernels.triton.mathlib import LN2, LOG2E, log1p, tanh_and_slope
-
-# Rows of `partial`. Without statistics only the first is there.
-SUM = tl.constexpr(0)  # sum of E
-ENTROPY = tl.constexpr(1)  # sum of E * t, with t = z log2(e) - k
-SQUARES = tl.constexpr(2)  # sum of (E * 2^-32)^2: E reaches 2^64, its square would not fit
-LOGITS = tl.constexpr(3)  # sum of z log2(e)
-MAXIMUM = tl.constexpr(4)  # largest t
+from mmrlhf.kernels.triton.mathlib import tanh_and_slope
+from mmrlhf.kernels.triton.rows import ENTROPY, LOGITS, MAXIMUM, SQUARES
 
 
 @triton.jit
@@ -64,13 +57,15 @@ def _store_partial(pointer, stat_stride, mask, z, t, inside, e, STATS: tl.conste
     """Sums of one tile over its columns, to partial[:, tile, rows]."""
     tl.store(pointer, tl.sum(e, axis=1), mask=mask)
     if STATS:
-        # A logit of -inf (a masked token) has E = 0 and t = -inf: it adds nothing.
-        tl.store(pointer + stat_stride * ENTROPY, tl.sum(tl.where(e > 0, e * t, 0.0), axis=1), mask=mask)
+        largest = tl.max(tl.where(inside, t, float("-inf")), axis=1)
+        tl.store(pointer + stat_stride * MAXIMUM, largest, mask=mask)
+        # Counted from the tile's largest, E t is rounded in proportion to the entropy, not to the distance from the
+        # target: `finish` puts the distance back in float64. A logit of -inf (a masked token) has E = 0, t = -inf.
+        moment = tl.where(e > 0, e * (t - largest[:, None]), 0.0)
+        tl.store(pointer + stat_stride * ENTROPY, tl.sum(moment, axis=1), mask=mask)
         small = e * 2.0**-32
         tl.store(pointer + stat_stride * SQUARES, tl.sum(small * small, axis=1), mask=mask)
         tl.store(pointer + stat_stride * LOGITS, tl.sum(tl.where(inside, z, 0.0), axis=1), mask=mask)
-        largest = tl.max(tl.where(inside, t, float("-inf")), axis=1)
-        tl.store(pointer + stat_stride * MAXIMUM, largest, mask=mask)
 
 
 @triton.jit
@@ -218,156 +213,3 @@ def exp2_gemm_kernel(
             if out is not None:
                 _store_tile(out_block, kept, first_row, start, rows, vocab, out_stride, LOADS, BLOCK_M, half)
             _store_partial(pointer + part * partial_stride, stat_stride, row_mask, z, t, inside, e, STATS)
-
-
-@triton.jit
-def target_logit_kernel(
-    hidden,  # [rows, width]
-    weight,  # [vocab, width]
-    bias,  # [vocab] or None
-    target,  # [rows]
-    z_y,  # [rows] out: the target's logit
-    slope_y,  # [rows] out: the slope of the cap there; or None
-    offset,  # [rows] out: k
-    rows,
-    vocab,
-    width,
-    hidden_stride,
-    weight_stride,
-    logit_scale,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Gather-dot of each row with its target's row of the weight. A target outside [0, vocab) is not read: NaN."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = row < rows
-    y = tl.load(target + row, mask=row_mask, other=0).to(tl.int64)
-    known = row_mask & (y >= 0) & (y < vocab)
-    acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-    for start in range(0, width, BLOCK_H):
-        inner = start + tl.arange(0, BLOCK_H)
-        mask = known[:, None] & (inner < width)[None, :]
-        a = tl.load(hidden + row.to(tl.int64)[:, None] * hidden_stride + inner[None, :], mask=mask, other=0.0)
-        b = tl.load(weight + y[:, None] * weight_stride + inner[None, :], mask=mask, other=0.0)
-        acc = tl.fma(a.to(tl.float32), b.to(tl.float32), acc)
-    z = tl.sum(acc, axis=1) * logit_scale
-    if bias is not None:
-        z += tl.load(bias + y, mask=known, other=0.0).to(tl.float32)
-    if SOFTCAP:
-        tanh, slope = tanh_and_slope(z / softcap)
-        z = tanh * softcap
-        tl.store(slope_y + row, slope, mask=row_mask)
-    z = tl.where(known, z, float("nan"))
-    tl.store(z_y + row, z, mask=row_mask)
-    tl.store(offset + row, tl.floor(z * LOG2E + 0.5), mask=row_mask)
-
-
-@triton.jit
-def _added(partial, tiles, stride, row, row_mask, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Sum of one statistic over the tiles, always in the same order. [BLOCK_M] float64"""
-    acc = tl.zeros((BLOCK_T, BLOCK_M), tl.float64)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        mask = (tile < tiles)[:, None] & row_mask[None, :]
-        acc += tl.load(partial + tile.to(tl.int64)[:, None] * stride + row[None, :], mask=mask, other=0.0).to(
-            tl.float64
-        )
-    return tl.sum(acc, axis=0)
-
-
-@triton.jit
-def finish_kernel(
-    partial,  # [statistics, tiles, rows]
-    z_y,  # [rows]
-    offset,  # [rows]
-    rest,  # [rows] out: S'
-    logp,  # [rows] out, nats
-    entropy,  # [rows] out, nats; these four with STATS
-    sum_p2,  # [rows] out
-    is_top1,  # [rows] out, 1 where no token has a larger logit than the target
-    mean_logit,  # [rows] out
-    maximum,  # [rows] out: the largest logit
-    rows,
-    tiles,
-    vocab,
-    stat_stride,
-    partial_stride,
-    STATS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Partial sums to log-probabilities and statistics, in float64: a few hundred numbers a row."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = row < rows
-    total = _added(partial, tiles, partial_stride, row, mask, BLOCK_M, BLOCK_T)
-    z = tl.load(z_y + row, mask=mask, other=0.0).to(tl.float64)
-    k = tl.load(offset + row, mask=mask, other=0.0).to(tl.float64)
-    own = z * LOG2E - k
-    e_y = tl.exp2(own)
-    # Where k is the row's maximum, E_y may be tiny: there the difference of logarithms is exact enough.
-    far = own < -64.0
-    surprise = tl.where(far, tl.log(total + e_y) - own * LN2, log1p(total / tl.where(far, 1.0, e_y)))
-    tl.store(rest + row, total.to(tl.float32), mask=mask)
-    tl.store(logp + row, (-surprise).to(tl.float32), mask=mask)
-    if STATS:
-        moment = _added(partial + stat_stride * ENTROPY, tiles, partial_stride, row, mask, BLOCK_M, BLOCK_T)
-        squares = _added(partial + stat_stride * SQUARES, tiles, partial_stride, row, mask, BLOCK_M, BLOCK_T)
-        logits = _added(partial + stat_stride * LOGITS, tiles, partial_stride, row, mask, BLOCK_M, BLOCK_T)
-        whole = total + e_y
-        # ln S - ln2 sum(E t) / S, with the target's share taken out of the difference: exact as p_y -> 1.
-        spread = surprise + (own * total - moment) / whole * LN2
-        tl.store(entropy + row, spread.to(tl.float32), mask=mask)
-        tl.store(sum_p2 + row, ((squares * 2.0**64 + e_y * e_y) / (whole * whole)).to(tl.float32), mask=mask)
-        mean = (logits * LN2 + z) / vocab
-        tl.store(mean_logit + row, mean.to(tl.float32), mask=mask)
-        peak = tl.full((BLOCK_T, BLOCK_M), float("-inf"), tl.float32)
-        for start in range(0, tiles, BLOCK_T):
-            tile = start + tl.arange(0, BLOCK_T)
-            some = (tile < tiles)[:, None] & mask[None, :]
-            at = partial + stat_stride * MAXIMUM + tile.to(tl.int64)[:, None] * partial_stride + row[None, :]
-            peak = tl.maximum(peak, tl.load(at, mask=some, other=float("-inf")))
-        largest = tl.max(peak, axis=0).to(tl.float64)
-        tl.store(is_top1 + row, (largest <= own).to(tl.int8), mask=mask)
-        tl.store(maximum + row, ((tl.maximum(largest, own) + k) * LN2).to(tl.float32), mask=mask)
-
-
-@triton.jit
-def unit_gradient_kernel(
-    product,  # [rows, width] float32: E W, without the target's column
-    out,  # [rows, width] out, may be `product`
-    weight,  # [vocab, width]
-    target,  # [rows]
-    z_y,  # [rows]
-    offset,  # [rows]
-    rest,  # [rows]
-    slope_y,  # [rows] or None
-    rows,
-    vocab,
-    width,
-    product_stride,
-    out_stride,
-    weight_stride,
-    logit_scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """dlogp/dh = logit_scale (S' slope_y W_y - E W) / S: the target's share is S' / S = 1 - p_y, exact as p_y -> 1."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inner = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    row_mask = row < rows
-    mask = row_mask[:, None] & (inner < width)[None, :]
-    y = tl.load(target + row, mask=row_mask, other=0).to(tl.int64)
-    others = tl.load(rest + row, mask=row_mask, other=0.0)
-    own = tl.fma(tl.load(z_y + row, mask=row_mask, other=0.0), LOG2E, -tl.load(offset + row, mask=row_mask, other=0.0))
-    scale = logit_scale / (others + tl.exp2(own))
-    share = others * scale
-    if slope_y is not None:
-        share *= tl.load(slope_y + row, mask=row_mask, other=0.0)
-    row64 = row.to(tl.int64)[:, None]
-    known = mask & ((y >= 0) & (y < vocab))[:, None]
-    w = tl.load(weight + y[:, None] * weight_stride + inner[None, :], mask=known, other=0.0).to(tl.float32)
-    raw = tl.load(product + row64 * product_stride + inner[None, :], mask=mask, other=0.0)
-    value = tl.fma(share[:, None], w, -scale[:, None] * raw)
-    tl.store(out + row64 * out_stride + inner[None, :], value.to(out.dtype.element_ty), mask=mask)

@@ -1,7 +1,8 @@
 """The cpu backend of the head: `streaming`, with the pass over each tile compiled (csrc/cpu, AVX2 or AVX-512).
 
 A tile of logits is read and written once, where PyTorch makes three passes over it and a fourth for the row sums; the
-GEMMs are torch's. Exponentials are within 2 ulp, of the target's logit as of the others.
+GEMMs are torch's. Exponentials are within 2 ulp, of the target's logit as of the others. What comes after the
+log-probabilities is one compiled call (csrc/cpu/preference.cpp), the formulas those of the CUDA kernel.
 Not covered: bias and softcap, which are torch's own passes.
 """
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mmrlhf import _C
-from mmrlhf.ops import streaming
-from mmrlhf.ops.streaming import Head, Kept, Rows, objective, row_bytes
+from mmrlhf.ops import _compiled, streaming
+from mmrlhf.ops.reference import FusedPreferenceOutput, Objective
+from mmrlhf.ops.streaming import Head, Kept, Rows, row_bytes
 
 __all__ = ["Kept", "exp2_rowsum_", "forward", "isa", "objective", "row_bytes", "weight_grad"]
 
@@ -42,3 +44,8 @@ def forward(head: Head, hidden: Tensor, targets: Tensor, **options: Any) -> tupl
 def weight_grad(head: Head, hidden: Tensor, rows: Rows, upstream: Tensor, **options: Any) -> None:
     """`streaming.weight_grad`; `rows` may have come through autograd as bare tensors."""
     streaming.weight_grad(head, hidden, dataclasses.replace(rows, epilogue=exp2_rowsum_), upstream, **options)
+
+
+def objective(o: Objective, logp: Tensor) -> tuple[FusedPreferenceOutput, Tensor]:
+    """`streaming.objective` in one compiled call, without autograd. `logp` [N] is float32."""
+    return _compiled.objective(_C.preference_, o, logp)

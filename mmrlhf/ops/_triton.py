@@ -4,12 +4,13 @@ Half precision: one GEMM makes E = 2^(z log2(e) - k) in bfloat16 with its row su
 a byte budget; float32: library GEMM tiles of logits, a block of columns at a time, and one pass over each. `forward`
 and `weight_grad` mean what they mean in `streaming`, `Kept` holds one [n, V] matrix of exponentials, and `objective`
 is everything after the log-probabilities in one launch.
-Rows with S' above 2^64 are found with one bool read and run again, as there. Not covered: float16 (its range does not
-hold E, and its GEMM would not take bfloat16), float64, a sharded weight.
+Rows with S' above 2^64 are found and run again on the device: nothing here waits for it, and a CUDA graph can hold all
+of it. Not covered: float64, and float16 (see `refuse`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrlhf.kernels.triton import configs, launch, launch_preference
+from mmrlhf.kernels.triton import configs, launch, launch_preference, launch_redo
 from mmrlhf.kernels.triton.configs import EpilogueConfig, GemmConfig
-from mmrlhf.kernels.triton.launch import Epilogue
 from mmrlhf.kernels.triton.launch_preference import Buffers, Terms
 from mmrlhf.ops import reference
+from mmrlhf.ops._triton_gemm import column_sums, multiply, multiply_exact, product
+from mmrlhf.ops._triton_redo import DeviceRows, epilogue_of, redo, stored
 from mmrlhf.ops.reference import FusedPreferenceOutput, Objective
-from mmrlhf.ops.streaming import REDO_ABOVE, Head, Rows, offset_of
+from mmrlhf.ops.streaming import Head, Rows, offset_of
 
 # Exponentials in flight where none are kept. 1/4 of the 50 MiB of an H100's L2 would keep them there but feed the GEMMs
 # tiles of 40 rows; what counts is enough rows to fill the device: 1,700 of them at V = 152k in bfloat16.
@@ -64,12 +66,16 @@ def row_bytes(head: Head) -> int:
     return launch.padded(head.weight.shape[0]) * stored(head).itemsize
 
 
-def stored(head: Head) -> torch.dtype:
-    return torch.float32 if head.weight.dtype == torch.float32 else torch.bfloat16
-
-
 def refuse(tensors: tuple[Tensor, ...]) -> str | None:
-    """Why the kernels cannot take these tensors; None if they can."""
+    """Why the kernels cannot take these tensors; None if they can.
+
+    float16: E spans 2^-126 to 2^64 where float16 has 2^-24 to 2^16, and half the rows of a head with logits of standard
+    deviation 4 are over 2^16; so E is bfloat16, and a GEMM wants the weight in it too. Rounded to bfloat16, it puts
+    dlogp/dh up to 2.1x as far from float64 as PyTorch's own float16 path; as a sum of two bfloat16 matrices, which is
+    exact, it costs 1U more, and every device that runs this has bfloat16 at the speed of float16.
+    """
+    if any(t.dtype == torch.float16 for t in tensors):
+        return "it takes float32 and bfloat16, not float16, whose range does not hold the exponentials"
     if any(t.dtype not in (torch.float32, torch.bfloat16) for t in tensors):
         return f"it takes float32 and bfloat16, not {str(tensors[0].dtype).removeprefix('torch.')}"
     if all(t.device.type == "cuda" for t in tensors):
@@ -87,36 +93,68 @@ def forward(
     *,
     unit: bool = False,
     keep: Kept | None = None,
+    low: Tensor | None = None,  # [N, r] float32, with head.up
+    unit_low: Tensor | None = None,  # [N, r] float32 out: dlogp/dlow
 ) -> tuple[Rows, Tensor | None]:
     """One pass over the vocabulary, and the unit gradient dlogp/dh [N, H] float32: see `streaming.forward`."""
-    hidden, targets = hidden.contiguous(), targets.long()
-    rows = _rows(head, hidden, targets)
+    head, hidden = _packed(head), hidden.contiguous()
+    rows = _rows(head, hidden, low, targets.long())
     grad = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if unit else None
-    _sweep(head, hidden, rows, grad, None if keep is None else keep.matrix)
-    bad = ~(rows.rest <= REDO_ABOVE)
-    if bad.any():
-        _redo(head, hidden, rows, grad, keep, bad.nonzero()[:, 0])
+    kept = None if keep is None else keep.matrix
+    config = _config(head, hidden)
+    if isinstance(config, EpilogueConfig):
+        _sweep_columns(head, hidden, low, rows, grad, unit_low, kept, config)
+    else:
+        _sweep_rows(head, hidden, rows, grad, kept, config)
+    _finish_unit(head, rows, grad, unit_low)
+    redo(head, hidden, rows, _chunk(head, hidden), unit=grad, kept=kept, low=low, unit_low=unit_low)
     if keep is not None:
         fix = rows.target_fix().to(keep.flat.dtype)
         keep.matrix.scatter_(1, rows.targets[:, None], fix[:, None])
     return rows, grad
 
 
-def _epilogue(head: Head) -> Epilogue:
-    return Epilogue(head.logit_scale, head.softcap)
+def statistics(
+    head: Head,
+    hidden: Tensor,  # [N, H]
+    targets: Tensor,  # [N]
+) -> tuple[Rows, launch.Statistics]:
+    """The rows, and their statistics, in one pass that stores no exponential."""
+    head, hidden = _packed(head), hidden.contiguous()
+    rows = _rows(head, hidden, None, targets.long())
+    found = launch.Statistics.empty(hidden.shape[0], hidden.device)
+    config = _config(head, hidden, statistics=True)
+    if isinstance(config, EpilogueConfig):
+        _sweep_columns(head, hidden, None, rows, None, None, None, config, found)
+    else:
+        _exponentials(head, hidden, rows, slice(0, hidden.shape[0]), None, config, found)
+    redo(head, hidden, rows, _chunk(head, hidden), statistics=found)
+    return rows, found
 
 
-def _rows(head: Head, hidden: Tensor, targets: Tensor) -> Rows:
+def _packed(head: Head) -> Head:
+    """A kernel takes a weight with its columns side by side, as every model's is, and the bias without gaps."""
+    weight, bias = head.weight, head.bias
+    if weight.stride(1) != 1:
+        weight = weight.clone(memory_format=torch.contiguous_format)
+    up = None if head.up is None else head.up.float().contiguous()
+    return dataclasses.replace(head, weight=weight, bias=None if bias is None else bias.contiguous(), up=up)
+
+
+def _rows(head: Head, hidden: Tensor, low: Tensor | None, targets: Tensor) -> Rows:
     def empty() -> Tensor:
         return torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
 
-    rows = Rows(targets, empty(), None if head.softcap is None else empty(), empty(), empty())
+    if low is not None:
+        z_y, slope_y = head.target(hidden, targets, low)
+        return DeviceRows(targets, z_y, slope_y, offset_of(z_y), empty())
+    rows = DeviceRows(targets, empty(), None if head.softcap is None else empty(), empty(), empty())
     launch.target_logit(
         hidden,
         head.weight,
         targets,
         bias=head.bias,
-        epilogue=_epilogue(head),
+        epilogue=epilogue_of(head),
         z_y=rows.z_y,
         slope_y=rows.slope_y,
         offset=rows.offset,
@@ -125,9 +163,9 @@ def _rows(head: Head, hidden: Tensor, targets: Tensor) -> Rows:
 
 
 def _config(head: Head, hidden: Tensor, *, statistics: bool = False) -> GemmConfig | EpilogueConfig:
-    return configs.pick(
-        launch.problem(hidden, head.weight, bias=head.bias, softcap=head.softcap, statistics=statistics)
-    )
+    """How E is made: with an adapter, whose rank-r product is one more library GEMM, by the epilogue."""
+    problem = launch.problem(hidden, head.weight, bias=head.bias, softcap=head.softcap, statistics=statistics)
+    return configs.pick(problem) if head.up is None else configs.pick_epilogue(problem)
 
 
 def row_chunk(rows: int, vocab: int, itemsize: int) -> int:
@@ -137,20 +175,22 @@ def row_chunk(rows: int, vocab: int, itemsize: int) -> int:
     return max(rows, 1) if chunks <= 1 else -(-rows // (chunks * ROW_STEP)) * ROW_STEP
 
 
+def _chunk(head: Head, hidden: Tensor) -> int:
+    return row_chunk(hidden.shape[0], head.weight.shape[0], stored(head).itemsize)
+
+
 def column_block(rows: int, vocab: int, itemsize: int, step: int) -> int:
     """Columns whose tile of n rows fits the workspace, in whole tiles of the kernel."""
     most = WORKSPACE_BYTES // (max(rows, 1) * itemsize) // step * step
     return min(vocab, max(most, step))
 
 
-def _sweep(head: Head, hidden: Tensor, rows: Rows, unit: Tensor | None, kept: Tensor | None) -> None:
-    """Fill `rows.rest`, `unit` and `kept`, all of them for the present offset."""
-    config = _config(head, hidden)
-    if isinstance(config, EpilogueConfig):
-        _sweep_columns(head, hidden, rows, unit, kept, config)
-        return
+def _sweep_rows(
+    head: Head, hidden: Tensor, rows: Rows, unit: Tensor | None, kept: Tensor | None, config: GemmConfig
+) -> None:
+    """Whole rows at a time: `rows.rest`, E W in `unit`, and `kept`, all of them for the present offset."""
     count, vocab = hidden.shape[0], head.weight.shape[0]
-    size = row_chunk(count, vocab, stored(head).itemsize) if kept is None and unit is not None else max(count, 1)
+    size = _chunk(head, hidden) if kept is None and unit is not None else max(count, 1)
     spare = None
     if kept is None and unit is not None:
         spare = torch.empty(size, launch.padded(vocab), dtype=stored(head), device=hidden.device)
@@ -161,8 +201,7 @@ def _sweep(head: Head, hidden: Tensor, rows: Rows, unit: Tensor | None, kept: Te
             here = spare[: some.stop - first, :vocab]
         _exponentials(head, hidden[some], rows, some, here, config)
         if unit is not None and here is not None:
-            _multiply(unit[some], here, head.weight)
-    _finish_unit(head, rows, unit)
+            multiply(unit[some], here, head.weight)
 
 
 def _exponentials(
@@ -184,7 +223,7 @@ def _exponentials(
         target=rows.targets[some],
         offset=rows.offset[some],
         bias=head.bias,
-        epilogue=_epilogue(head),
+        epilogue=epilogue_of(head),
         partial=partial,
         config=config,
     )
@@ -211,8 +250,10 @@ def _sum(partial: Tensor, rows: Rows, some: slice, vocab: int, statistics: launc
 def _sweep_columns(
     head: Head,
     hidden: Tensor,
+    low: Tensor | None,
     rows: Rows,
     unit: Tensor | None,
+    unit_low: Tensor | None,
     kept: Tensor | None,
     config: EpilogueConfig,
     statistics: launch.Statistics | None = None,
@@ -221,86 +262,50 @@ def _sweep_columns(
     count, vocab = hidden.shape[0], head.weight.shape[0]
     size = column_block(count, vocab, 4, config.tile_columns)
     partial = _partial(hidden, vocab, config, statistics is not None)
+    stores = not (unit is None and unit_low is None and kept is None)
     for start in range(0, vocab, size):
         stop = min(start + size, vocab)
         block = head.weight[start:stop]
-        tile = _product(hidden, block.T)
+        tile = _logits(head, hidden, low, start, stop)
         out = tile if kept is None else kept[:, start:stop]
         first = start // config.tile_columns
         launch.exp2_epilogue(
             tile,
-            out if unit is not None or kept is not None else None,
+            out if stores else None,
             start=start,
             target=rows.targets,
             offset=rows.offset,
             bias=None if head.bias is None else head.bias[start:stop],
-            epilogue=_epilogue(head),
+            epilogue=epilogue_of(head),
             partial=partial[:, first : first + launch.partial_tiles(stop - start, config)],
             config=config,
         )
         if unit is not None:
-            _multiply(unit, out, block, add=start > 0)
+            multiply(unit, out, block, add=start > 0)
+        if unit_low is not None and head.up is not None:
+            multiply_exact(unit_low, out, head.up[start:stop], add=start > 0)
     _sum(partial, rows, slice(0, count), vocab, statistics)
-    _finish_unit(head, rows, unit)
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left @ right in float32."""
-    if left.dtype == torch.float32:
-        return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
-    if out is None:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right, out_dtype=torch.float32, out=out)
+def _logits(head: Head, hidden: Tensor, low: Tensor | None, start: int, stop: int) -> Tensor:
+    """Products of the rows with a block of the weight, an adapter's included. [N, stop - start] float32"""
+    tile = product(hidden, head.weight[start:stop].T)
+    return tile if low is None or head.up is None else tile.addmm_(low, head.up[start:stop].T)
 
 
-def _multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
-    """out (+)= left @ right in float32, in the dtype of `right`."""
-    left = left.to(right.dtype)
-    if not add:
-        _product(left, right, out)
-    elif right.dtype == torch.float32:
-        out.addmm_(left, right)
-    else:
-        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
-
-
-def _finish_unit(head: Head, rows: Rows, unit: Tensor | None) -> None:
-    if unit is not None:
-        launch.unit_gradient_(
-            unit,
-            head.weight,
-            rows.targets,
-            z_y=rows.z_y,
-            offset=rows.offset,
-            rest=rows.rest,
-            slope_y=rows.slope_y,
-            logit_scale=head.logit_scale,
-        )
-
-
-def _redo(head: Head, hidden: Tensor, rows: Rows, unit: Tensor | None, keep: Kept | None, index: Tensor) -> None:
-    """The rows of `index` again, with their true maximum as the offset."""
-    some = hidden[index]
-    part = rows.of(index, offset=offset_of(_maximum(head, some, rows.of(index))))
-    grad = None if unit is None else torch.empty(some.shape, dtype=torch.float32, device=hidden.device)
-    kept = None if keep is None else Kept.empty(index.numel(), head).matrix
-    _sweep(head, some, part, grad, kept)
-    rows.offset[index], rows.rest[index], rows.redone = part.offset, part.rest, index
-    if unit is not None and grad is not None:
-        unit[index] = grad
-    if keep is not None and kept is not None:
-        keep.matrix[index] = kept
-
-
-def _maximum(head: Head, hidden: Tensor, rows: Rows) -> Tensor:
-    """Largest logit of each row, a statistic of a pass that stores nothing. [n]"""
-    statistics = launch.Statistics.empty(hidden.shape[0], hidden.device)
-    config = _config(head, hidden, statistics=True)
-    if isinstance(config, EpilogueConfig):
-        _sweep_columns(head, hidden, rows, None, None, config, statistics)
-    else:
-        _exponentials(head, hidden, rows, slice(0, hidden.shape[0]), None, config, statistics)
-    return statistics.maximum
+def _finish_unit(head: Head, rows: Rows, unit: Tensor | None, unit_low: Tensor | None) -> None:
+    for grad, matrix in ((unit, head.weight), (unit_low, head.up)):
+        if grad is not None and matrix is not None:
+            launch.unit_gradient_(
+                grad,
+                matrix,
+                rows.targets,
+                z_y=rows.z_y,
+                offset=rows.offset,
+                rest=rows.rest,
+                slope_y=rows.slope_y,
+                logit_scale=head.logit_scale,
+            )
 
 
 def weight_grad(
@@ -309,46 +314,45 @@ def weight_grad(
     rows: Rows,
     upstream: Tensor,  # [N] dloss/dlogp
     *,
-    grad_weight: Tensor | None,  # [V, H] float32
+    grad_weight: Tensor | None,  # [V, H] float32, or, if nothing is added to it, the weight's own dtype
     grad_bias: Tensor | None,  # [V] float32
     keep: Kept | None = None,
     add: bool = False,
+    low: Tensor | None = None,  # [N, r] float32
+    grad_up: Tensor | None = None,  # [V, r] float32
 ) -> None:
-    """dW = E^T (c h) and db = E^T c with c = -upstream / S, written or added: see `streaming.weight_grad`."""
-    apart = rows.redone if keep is None else None
-    together = upstream if apart is None else upstream.index_fill(0, apart, 0)
-    coef = -together.float() / rows.total
-    weighted = (hidden.float() * (coef * head.logit_scale)[:, None]).to(head.weight.dtype)
-    for start, stop, tile in _final_tiles(head, hidden.contiguous(), rows, keep):
-        if grad_weight is not None:
-            _multiply(grad_weight[start:stop], tile.T, weighted, add=add)
+    """dW = E^T (c h), db = E^T c and dB = E^T (c low), c = -upstream / S: see `streaming.weight_grad`."""
+    head, hidden = _packed(head), hidden.contiguous()
+    coef = -upstream.float() / launch.log_probability(rows.rest, z_y=rows.z_y, offset=rows.offset)[1]
+    scaled = (coef * head.logit_scale)[:, None]
+    weighted = None if grad_weight is None else (hidden.float() * scaled).to(head.weight.dtype)
+    for start, stop, tile in _final_tiles(head, hidden, low, rows, keep):
+        if grad_weight is not None and weighted is not None:
+            multiply(grad_weight[start:stop], tile.T, weighted, add=add)
+        if grad_up is not None and low is not None:
+            multiply_exact(grad_up[start:stop], tile.T, low * scaled, add=add)
         if grad_bias is not None:
-            total = _column_sums(tile, coef)
+            total = column_sums(tile, coef)
             grad_bias[start:stop] = grad_bias[start:stop] + total if add else total
-    if apart is not None:
-        # Made again in the shape in which their S was summed: far from the target a logit's rounding is large.
-        part = (hidden[apart], rows.of(apart), upstream[apart])
-        weight_grad(head, *part, grad_weight=grad_weight, grad_bias=grad_bias, add=True)
 
 
-def _column_sums(tile: Tensor, coef: Tensor) -> Tensor:
-    """tile^T coef [c] float32; for bfloat16 a GEMM with coef as two bfloat16 columns, which together keep 16 bits."""
-    if tile.dtype == torch.float32:
-        return (tile * coef[:, None]).sum(0)
-    high = coef.bfloat16()
-    return _product(tile.T, torch.stack([high, (coef - high.float()).bfloat16()], 1)).sum(1)
-
-
-def _final_tiles(head: Head, hidden: Tensor, rows: Rows, keep: Kept | None) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, E [n, c] with its targets fixed): kept whole, or made again a block of columns at a time."""
-    count, vocab = hidden.shape[0], head.weight.shape[0]
+def _final_tiles(
+    head: Head, hidden: Tensor, low: Tensor | None, rows: Rows, keep: Kept | None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, E [n, c] with its targets fixed) a block of columns at a time: kept, or made again."""
+    (count, width), vocab = hidden.shape, head.weight.shape[0]
     if keep is not None:
-        yield 0, vocab, keep.matrix
+        size = column_block(width, vocab, 4, 16)  # whose dW in float32 fits the workspace
+        for start in range(0, vocab, size):
+            yield start, min(start + size, vocab), keep.matrix[:, start : start + size]
         return
     config, dtype = _config(head, hidden), stored(head)
     step = math.lcm(config.tile_columns, 16)
     size = column_block(count, vocab, 4 if isinstance(config, EpilogueConfig) else dtype.itemsize, step)
+    if isinstance(config, GemmConfig):
+        size = min(size, column_block(width, vocab, 4, step))
     fix = rows.target_fix().to(dtype)
+    redone = launch_redo.select(rows.rest, z_y=rows.z_y, offset=rows.offset, done=True) if count else None
     spare = torch.empty(count, launch.padded(size), dtype=dtype, device=hidden.device)
     for start in range(0, vocab, size):
         stop = min(start + size, vocab)
@@ -357,15 +361,19 @@ def _final_tiles(head: Head, hidden: Tensor, rows: Rows, keep: Kept | None) -> I
         common: dict[str, Any] = {
             "offset": rows.offset,
             "bias": None if head.bias is None else head.bias[start:stop],
-            "epilogue": _epilogue(head),
-            "partial": _partial(hidden, stop - start, config),
+            "epilogue": epilogue_of(head),
         }
+        partial = _partial(hidden, stop - start, config)
         if isinstance(config, EpilogueConfig):
-            launch.exp2_epilogue(
-                _product(hidden, block.T), tile, start=start, target=rows.targets, **common, config=config
-            )
+            logits, targets = _logits(head, hidden, low, start, stop), rows.targets
+            launch.exp2_epilogue(logits, tile, start=start, target=targets, partial=partial, config=config, **common)
         else:
-            launch.exp2_gemm(hidden, block, tile, target=local, **common, config=config)
+            launch.exp2_gemm(hidden, block, tile, target=local, partial=partial, config=config, **common)
+        if redone is not None:
+            # By the kernel that summed their S: far from the target a logit's rounding is large, and another GEMM's is
+            # another.
+            common |= {"low": low, "up": None if head.up is None else head.up[start:stop]}
+            launch_redo.exponentials(hidden, block, tile, redone, target=local, partial=None, by_row=True, **common)
         inside = (local >= 0) & (local < stop - start)
         index = local.clamp(0, stop - start - 1)[:, None]
         tile.scatter_(1, index, torch.where(inside[:, None], fix[:, None], tile.gather(1, index)))

@@ -28,6 +28,8 @@ from torch import Tensor
 
 ENVIRONMENT = "MMRLHF_BACKEND"
 HEAD_OPS = ("linear_logp", "fused_preference_loss")
+STATISTICS = "token_statistics"
+HEAD_KINDS = ("adapter", "shard")  # what a head may carry: a LoRA on it, a vocabulary that lies on several ranks
 KNOWN = ("cuda", "triton", "cpu", "torch", "reference")  # every name the project uses, built here or not
 
 Function = TypeVar("Function", bound=Callable)
@@ -58,6 +60,12 @@ class Backend:
     refuse: Callable[[tuple[Tensor, ...]], str | None]  # why it cannot take these tensors
     automatic: tuple[str, ...] | None = None  # types of device for which it may be chosen unasked; None: all
     module: str = ""  # what runs it: the functions of `streaming`
+    takes: tuple[str, ...] = ()  # of HEAD_KINDS
+
+    def refusal(self, tensors: tuple[Tensor, ...], need: tuple[str, ...]) -> str | None:
+        """Why it cannot run these tensors with the kinds of head that they need; None if it can."""
+        missing = [kind for kind in need if kind not in self.takes]
+        return f"it takes no {' and no '.join(missing)}" if missing else self.refuse(tensors)
 
 
 def _refuse_double(tensors: tuple[Tensor, ...]) -> str | None:
@@ -80,6 +88,12 @@ def _refuse_cpu(tensors: tuple[Tensor, ...]) -> str | None:
     return _refuse_double(tensors) or _missing_extension()
 
 
+def _refuse_cuda(tensors: tuple[Tensor, ...]) -> str | None:
+    if tensors[0].device.type != "cuda":
+        return f"its tensors must be on a CUDA device, not {tensors[0].device}"
+    return _missing_extension() or engine("cuda").refuse(tensors)
+
+
 @functools.cache
 def _missing_extension() -> str | None:
     """Why mmrlhf._C cannot be imported; None if it can."""
@@ -94,28 +108,34 @@ def _missing_extension() -> str | None:
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         "triton",
-        HEAD_OPS,
+        (*HEAD_OPS, STATISTICS),
         lambda: "Triton kernels, on a CUDA device",
         _refuse_triton,
         ("cuda",),
         "mmrlhf.ops._triton",
+        takes=("adapter",),
     ),
+    # Never unasked: it has not been measured against triton, and what is not measured faster is not chosen. Its
+    # arithmetic is tested on the host (tests/csrc), where the same formulas and the same kernels' code run.
+    Backend("cuda", HEAD_OPS, lambda: "", _refuse_cuda, automatic=(), module="mmrlhf.ops._cuda"),
     Backend(
         "cpu",
-        HEAD_OPS,
+        (*HEAD_OPS, STATISTICS),
         lambda: f"streams over vocabulary blocks, each block's pass compiled ({engine('cpu').isa()})",
         _refuse_cpu,
         ("cpu",),
         "mmrlhf.ops._cpu",
+        HEAD_KINDS,
     ),
     Backend(
         "torch",
-        HEAD_OPS,
+        (*HEAD_OPS, STATISTICS),
         lambda: "streams over vocabulary blocks in PyTorch, on any device",
         _refuse_double,
         module="mmrlhf.ops.streaming",
+        takes=HEAD_KINDS,
     ),
-    Backend("reference", HEAD_OPS, lambda: "", lambda tensors: None, automatic=()),
+    Backend("reference", (*HEAD_OPS, STATISTICS), lambda: "", lambda tensors: None, automatic=(), takes=HEAD_KINDS),
 )
 
 
@@ -129,18 +149,18 @@ def engine(name: str) -> ModuleType:
     return importlib.import_module(next(b.module for b in BACKENDS if b.name == name))
 
 
-def choose(op: str, *tensors: Tensor, requested: str | None = None) -> Choice:
-    """The backend that runs `op` on `tensors`, and the reason.
+def choose(op: str, *tensors: Tensor, requested: str | None = None, need: tuple[str, ...] = ()) -> Choice:
+    """The backend that runs `op` on `tensors`, and the reason. `need`: which `HEAD_KINDS` the head is of.
 
     Raises ValueError for a name nobody knows, RuntimeError where what was asked for, or anything at all, cannot run.
     """
     name, by = _requested(requested)
     if name is not None:
-        return _take(op, tensors, name, by)
+        return _take(op, tensors, need, name, by)
     refusals: list[str] = []
     for row in BACKENDS:
         if op in row.ops and (row.automatic is None or tensors[0].device.type in row.automatic):
-            refusal = row.refuse(tensors)
+            refusal = row.refusal(tensors, need)
             if refusal is None:
                 choice = Choice(row.name, "; not ".join([row.why(), *refusals]))
                 _log_once(op, choice)
@@ -183,7 +203,7 @@ def _check_name(name: str, by: str) -> None:
         raise ValueError(f"{by} must be one of {', '.join(KNOWN)}, got {name!r}")
 
 
-def _take(op: str, tensors: tuple[Tensor, ...], name: str, by: str) -> Choice:
+def _take(op: str, tensors: tuple[Tensor, ...], need: tuple[str, ...], name: str, by: str) -> Choice:
     have = available(op)
     if name not in have:
         raise RuntimeError(
@@ -191,7 +211,7 @@ def _take(op: str, tensors: tuple[Tensor, ...], name: str, by: str) -> Choice:
             f"it has: {', '.join(have) or 'none'}"
         )
     row = next(b for b in BACKENDS if b.name == name)
-    refusal = row.refuse(tensors)
+    refusal = row.refusal(tensors, need)
     if refusal is not None:
         raise RuntimeError(f"backend {name!r} was asked for ({by}), but cannot run {op} on these tensors: {refusal}")
     return Choice(name, f"asked for by {by}")

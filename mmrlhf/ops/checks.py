@@ -90,8 +90,12 @@ def head(
     softcap: float | None,
     *,
     double: bool = False,
+    empty: bool = False,
 ) -> None:
-    """hidden [..., H], weight [V, H], bias [V]: one float dtype (float64 if `double`), one device; scale and cap."""
+    """hidden [..., H], weight [V, H], bias [V]: one float dtype (float64 if `double`), one device; scale and cap.
+
+    `empty`: V may be 0, as of a rank that holds no row of a sharded vocabulary.
+    """
     dtypes = (*HEAD_DTYPES, torch.float64) if double else HEAD_DTYPES
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if value is not None or name != "bias":
@@ -105,7 +109,7 @@ def head(
             f"weight must have shape [V, H] with H = {hidden.shape[-1]} of hidden {list(hidden.shape)}, "
             f"got {list(weight.shape)}"
         )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not empty:
         raise ValueError(f"weight must have at least one row (a token of the vocabulary), got {list(weight.shape)}")
     if weight.dtype != hidden.dtype:
         raise TypeError(

@@ -6,7 +6,7 @@ there. Trained head: two phases inside the forward, a chunk of whole groups at a
 E, reduce to scores, run the loss on that short vector by autograd, which gives one coefficient c a token; (2) dX = c *
 dlogp/dh and dW += E^T (c h). 3U, and exact for every loss. A chunk whose E does not fit `memory_budget` makes E again:
 4U. A loss that couples the pairs (bco_pair, a callable beta) is one chunk. Not covered: gradients of anything but
-hidden, weight and bias; double backward.
+hidden, weight, bias and adapter; double backward.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from torch import Tensor
 
 from mmrlhf.ops import backend as backends
 from mmrlhf.ops import checks, preference, reference, streaming
+from mmrlhf.ops.adapter import Adapters
 from mmrlhf.ops.linear_logp import (
-    cast_for_autocast,
+    Given,
     check_budget,
     choose_backend,
     linear_logp,
+    prepare,
     refuse_double_backward,
     wants_grad,
 )
 from mmrlhf.ops.loss_kinds import LOSSES
 from mmrlhf.ops.reference import Beta, FusedPreferenceOutput, Objective
 from mmrlhf.ops.sequence_score import REDUCTIONS
+from mmrlhf.ops.sharded import VocabShard
 
 _logger = logging.getLogger("mmrlhf.ops")
 _warned: set[str] = set()
@@ -59,6 +62,8 @@ def fused_preference_loss(
     bias: Tensor | None = None,  # [V]
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    adapter: Adapters = None,
+    shard: VocabShard | None = None,
     memory_budget: int | None = None,
     backend: str | None = None,
 ) -> FusedPreferenceOutput:
@@ -70,15 +75,13 @@ def fused_preference_loss(
     `num_pairs` (default P) and `num_sft_tokens` (default: those tokens, once a pair) let one micro-batch be divided by
     a whole step's totals. `memory_budget`: bytes of exponentials kept at once for a trained head, default 1 GiB.
 
-    Only `loss` of the result carries a gradient, to hidden, weight and bias. Raises what the four ops raise, and
-    ValueError where another argument requires a gradient. To cut chunks, cu_seqlens and pairs are read on the host.
+    Only `loss` of the result carries a gradient, to hidden, weight, bias and adapter. Raises what the four ops raise,
+    and ValueError where another argument requires a gradient. To cut chunks, cu_seqlens and pairs are read on the host.
     """
-    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
-    double = backends.requested(backend) == "reference"
-    checks.head(hidden, weight, bias, logit_scale, softcap, double=double)
-    if hidden.dim() != 2:
+    if isinstance(hidden, Tensor) and hidden.dim() != 2:
         raise ValueError(f"hidden must have shape [N, H], got {list(hidden.shape)}")
-    checks.targets(targets, hidden, weight.shape[0], None)
+    head = prepare(hidden, weight, targets, bias, logit_scale, softcap, adapter, shard, None, backend)
+    hidden = head.hidden
     objective = Objective(
         cu_seqlens,
         pairs,
@@ -98,16 +101,14 @@ def fused_preference_loss(
     _check(objective, hidden)
     objective = _in_dtype(objective, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     budget = check_budget(memory_budget)
-    name = choose_backend("fused_preference_loss", hidden, weight, backend)
-    head: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
+    name = choose_backend("fused_preference_loss", head, backend)
     if name == "reference":
-        return objective(reference.linear_logp(hidden, weight, targets, **head))
+        return objective(reference.linear_logp(hidden, head.weight, targets, **head.options()))
     if checks.traced(hidden):  # the composition, whose parts a graph can hold
-        return objective(linear_logp(hidden, weight, targets, **head, memory_budget=budget, backend=name))
-    engine = backends.engine(name)
-    wants = (wants_grad(hidden), wants_grad(weight), wants_grad(bias))
-    results = _Fused.apply(engine, hidden, weight, bias, targets, logit_scale, softcap, objective, wants, budget)
-    return FusedPreferenceOutput(*results)
+        return objective(
+            linear_logp(hidden, head.weight, targets, **head.options(), memory_budget=budget, backend=name)
+        )
+    return FusedPreferenceOutput(*_apply(backends.engine(name), head, targets, objective, budget))
 
 
 def _check(objective: Objective, hidden: Tensor) -> None:
@@ -144,22 +145,32 @@ def _in_dtype(objective: Objective, dtype: torch.dtype) -> Objective:
     return dataclasses.replace(objective, **{k: v.to(dtype) for k, v in found.items() if v is not None})
 
 
+def _apply(engine: ModuleType, given: Given, targets: Tensor, objective: Objective, budget: int) -> tuple[Tensor, ...]:
+    head, low = given.engine_head(), given.low_rows(given.hidden)
+    tensors = (given.hidden, low, head.weight, head.bias, head.up)
+    wants = tuple(wants_grad(tensor) for tensor in tensors)
+    return _Fused.apply(engine, head.settings, wants, budget, objective, targets, *tensors)
+
+
 class _Fused(torch.autograd.Function):
-    """All gradients in the forward; the backward scales them by the upstream scalar."""
+    """The gradients are made in the forward, and scaled in the backward by the loss's own upstream gradient."""
 
     @staticmethod
-    def forward(ctx, engine, hidden, weight, bias, targets, logit_scale, softcap, objective, wants, budget):
-        wants_hidden, wants_weight, wants_bias = wants
-        head, hidden = streaming.Head(weight, bias, logit_scale, softcap), hidden.contiguous()
+    def forward(ctx, engine, settings, wants, budget, objective, targets, hidden, low, weight, bias, up):
+        head, hidden = streaming.Head(weight, bias, up=up, **settings), hidden.contiguous()
+        trained = any(wants[2:])
+        chunks = plan(objective, hidden.shape[0], engine.row_bytes(head) if trained else 0, budget)
+        # The only chunk of a half-precision head writes each block of dW once, rounded: half the bytes of dW.
+        dtypes = [torch.float32] * 2 + [weight.dtype if len(chunks) == 1 else torch.float32] + [torch.float32] * 2
+        tensors = (hidden, low, weight, bias, up)
         grads = [
-            torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_hidden else None,
-            torch.empty(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None,
-            torch.empty(bias.shape, dtype=torch.float32, device=bias.device) if wants_bias else None,
+            torch.empty(tensor.shape, dtype=dtype, device=tensor.device) if wanted else None
+            for tensor, dtype, wanted in zip(tensors, dtypes, wants, strict=True)
         ]
         with torch.autocast(hidden.device.type, enabled=False):
-            result = _forward(engine, head, hidden, targets, objective, budget, grads)
+            result = _forward(engine, head, hidden, low, targets, objective, chunks, grads)
         ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         outputs = tuple(getattr(result, f.name) for f in dataclasses.fields(result))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -171,7 +182,7 @@ class _Fused(torch.autograd.Function):
             None if g is None else _scale(g, grad).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (None, *scaled, None, None, None, None, None, None)
+        return (None, None, None, None, None, None, *scaled)
 
 
 def _scale(saved: Tensor, upstream: Tensor) -> Tensor:
@@ -185,30 +196,41 @@ def _forward(
     engine: ModuleType,
     head: streaming.Head,
     hidden: Tensor,  # [N, H]
+    low: Tensor | None,  # [N, r]
     targets: Tensor,  # [N]
     objective: Objective,
-    budget: int,
-    grads: list[Tensor | None],  # of hidden [N, H], weight [V, H], bias [V], float32, to be written
+    chunks: list[Chunk],
+    grads: list[Tensor | None],  # of hidden [N, H], low [N, r], weight [V, H], bias [V], up [V, r], to be written
 ) -> FusedPreferenceOutput:
-    row_bytes, to = engine.row_bytes(head), {"grad_weight": grads[1], "grad_bias": grads[2]}
-    trained = grads[1] is not None or grads[2] is not None
-    chunks = plan(objective, hidden.shape[0], row_bytes if trained else 0, budget)
-    flat = _buffer(chunks, row_bytes if trained else 0, hidden.device)
+    of_hidden, of_low, of_weight, of_bias, of_up = grads
+    trained = any(grad is not None for grad in grads[2:])
+    flat = _buffer(chunks, engine.row_bytes(head) if trained else 0, hidden.device)
     logp = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     result = None
     for number, chunk in enumerate(chunks):
-        rows, part = hidden[chunk.tokens], chunk.objective
+        some, part = chunk.tokens, chunk.objective
+        rows, unit_low = hidden[some], None if of_low is None else of_low[some]
+        of_rows: dict[str, Any] = {} if low is None else {"low": low[some], "unit_low": unit_low}
+        of_head: dict[str, Any] = {} if low is None else {"low": low[some], "grad_up": of_up}
         keep = engine.Kept.over(flat, rows.shape[0], head) if chunk.keep and trained else None
-        stats, unit = engine.forward(head, rows, targets[chunk.tokens], unit=grads[0] is not None, keep=keep)
-        logp[chunk.tokens] = own = stats.logp()
+        stats, unit = engine.forward(head, rows, targets[some], unit=of_hidden is not None, keep=keep, **of_rows)
+        logp[some] = own = stats.logp()
         result, coef = engine.objective(part, own)
-        if grads[0] is not None and unit is not None:
-            grads[0][chunk.tokens] = torch.where(coef[:, None] == 0, 0, unit * coef[:, None])
+        if of_hidden is not None:
+            of_hidden[some] = _times(unit, coef)
+        if unit_low is not None:
+            unit_low.copy_(_times(unit_low, coef))
         if trained:
-            engine.weight_grad(head, rows, stats, coef, **to, keep=keep, add=number > 0)
+            of_head |= {"grad_weight": of_weight, "grad_bias": of_bias}
+            engine.weight_grad(head, rows, stats, coef, keep=keep, add=number > 0, **of_head)
     if result is None or len(chunks) > 1:
         result, _ = engine.objective(objective, logp)
     return result
+
+
+def _times(unit: Tensor, coef: Tensor) -> Tensor:
+    """Zero times a non-finite row is still zero: nothing depends on that row."""
+    return torch.where(coef[:, None] == 0, 0, unit * coef[:, None])
 
 
 @dataclasses.dataclass(frozen=True)

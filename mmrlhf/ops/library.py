@@ -8,21 +8,26 @@ The backend is chosen when the code is traced, and stays in the graph. Not cover
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mmrlhf.ops import backend as backends
 from mmrlhf.ops.streaming import Head, Rows
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float? softcap"
+_HEAD = (
+    "Tensor hidden, Tensor? low, Tensor weight, Tensor? bias, Tensor? up, Tensor targets, "
+    "float logit_scale, float? softcap"
+)
 
 
 @backends.constant
-def choose(op: str, requested: str | None, dtype: torch.dtype, device: torch.device) -> str:
+def choose(op: str, requested: str | None, dtype: torch.dtype, device: torch.device, need: tuple[str, ...] = ()) -> str:
     """`backend.choose` by dtype and device: the name alone. On the meta device: torch, if nothing is asked for."""
     if device.type == "meta":
         return backends.requested(requested) or "torch"
-    return backends.choose(op, torch.empty(0, dtype=dtype, device=device), requested=requested).name
+    return backends.choose(op, torch.empty(0, dtype=dtype, device=device), requested=requested, need=need).name
 
 
 def linear_logp(
@@ -30,6 +35,7 @@ def linear_logp(
     hidden: Tensor,  # [N, H]
     targets: Tensor,  # [N]
     *,
+    low_rows: Callable[[Tensor], Tensor | None],  # an adapter's [N, r] of hidden, which goes with head.up
     ignore_index: int,
     unit: bool,
     keep: bool,
@@ -41,7 +47,7 @@ def linear_logp(
     """
     counts = targets != ignore_index
     hidden = torch.where(counts[:, None], hidden, 0)
-    tensors = (hidden, head.weight, head.bias, torch.where(counts, targets, 0))
+    tensors = (hidden, low_rows(hidden), head.weight, head.bias, head.up, torch.where(counts, targets, 0))
     logp = _linear_logp(*tensors, head.logit_scale, head.softcap, unit, keep, backend)[0]
     return torch.where(counts, logp, 0)
 
@@ -49,67 +55,79 @@ def linear_logp(
 @torch.library.custom_op(
     "mmrlhf::linear_logp",
     mutates_args=(),
-    schema=f"({_HEAD}, bool unit, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, bool unit, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _linear_logp(hidden, weight, bias, targets, logit_scale, softcap, unit, keep, backend):
-    """logp [N], the unit gradient [N, H], the exponentials and the `Rows` as [5, N]; what is not asked for is empty."""
-    engine, head, count = backends.engine(backend), Head(weight, bias, logit_scale, softcap), hidden.shape[0]
+def _linear_logp(hidden, low, weight, bias, up, targets, logit_scale, softcap, unit, keep, backend):
+    """logp [N], the unit gradients [N, H] and [N, r], the exponentials and the `Rows` as [5, N]; what is not asked for
+    is empty."""
+    engine, head, count = backends.engine(backend), Head(weight, bias, logit_scale, softcap, up), hidden.shape[0]
+    nothing = hidden.new_empty(0, dtype=torch.float32)
+    unit_low = nothing.clone() if low is None else torch.empty_like(low, memory_format=torch.contiguous_format)
+    adapter = {} if low is None else {"low": low.contiguous(), "unit_low": unit_low}
     with torch.autocast(hidden.device.type, enabled=False):
         kept = engine.Kept.empty(count, head) if keep else None
-        rows, grad = engine.forward(head, hidden.contiguous(), targets, unit=unit, keep=kept)
-    nothing = hidden.new_empty(0, dtype=torch.float32)
+        rows, grad = engine.forward(head, hidden.contiguous(), targets, unit=unit, keep=kept, **adapter)
     return (
         rows.logp(),
         nothing if grad is None else grad,
+        unit_low,
         nothing.clone() if kept is None else kept.flat,
         _pack(rows),
     )
 
 
 @_linear_logp.register_fake
-def _(hidden, weight, bias, targets, logit_scale, softcap, unit, keep, backend):
+def _(hidden, low, weight, bias, up, targets, logit_scale, softcap, unit, keep, backend):
     count = hidden.shape[0]
     flat = hidden.new_empty(0, dtype=torch.float32)
     if keep:
-        flat = backends.engine(backend).Kept.empty(count, Head(weight, bias, logit_scale, softcap), 1).flat
+        flat = backends.engine(backend).Kept.empty(count, Head(weight, bias, logit_scale, softcap, up), 1).flat
     logp = hidden.new_empty(count, dtype=torch.float32)
     grad = hidden.new_empty(hidden.shape if unit else (0,), dtype=torch.float32)
-    return logp, grad, flat, logp.new_empty(5, count)
+    unit_low = hidden.new_empty((0,) if low is None else low.shape, dtype=torch.float32)
+    return logp, grad, unit_low, flat, logp.new_empty(5, count)
 
 
 @torch.library.custom_op(
     "mmrlhf::linear_logp_weight_grad",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor grad, Tensor flat, Tensor state, bool of_weight, bool of_bias, str backend) "
-    "-> (Tensor, Tensor)",
+    schema=f"({_HEAD}, Tensor grad, Tensor flat, Tensor state, bool of_weight, bool of_bias, bool of_up, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _weight_grad(
-    hidden, weight, bias, targets, logit_scale, softcap, grad, flat, state, of_weight, of_bias, backend
-) -> tuple[Tensor, Tensor]:
-    """Gradients of weight [V, H] and bias [V], float32; empty where not asked for."""
-    engine, head, count = backends.engine(backend), Head(weight, bias, logit_scale, softcap), hidden.shape[0]
-    grads = [weight.new_empty(s, dtype=torch.float32) for s in _grad_shapes(weight, of_weight, of_bias)]
+    hidden, low, weight, bias, up, targets, logit_scale, softcap, grad, flat, state, of_weight, of_bias, of_up, backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight [V, H] in its dtype, bias [V] and up [V, r] float32; empty where not asked for."""
+    engine, head, count = backends.engine(backend), Head(weight, bias, logit_scale, softcap, up), hidden.shape[0]
+    grads = _empty_grads(weight, up, of_weight, of_bias, of_up)
+    adapter = {} if low is None else {"low": low.contiguous(), "grad_up": grads[2] if of_up else None}
     with torch.autocast(hidden.device.type, enabled=False):
         engine.weight_grad(
             head,
             hidden.contiguous(),
-            _unpack(state, targets, capped=softcap is not None),
+            _unpack(state, targets, capped=softcap is not None, indices=backend != "triton"),
             grad.contiguous(),
             grad_weight=grads[0] if of_weight else None,
             grad_bias=grads[1] if of_bias else None,
             keep=engine.Kept.over(flat.view(torch.uint8), count, head) if flat.numel() else None,
+            **adapter,
         )
-    return grads[0], grads[1]
+    return grads
 
 
 @_weight_grad.register_fake
-def _(hidden, weight, bias, targets, logit_scale, softcap, grad, flat, state, of_weight, of_bias, backend):
-    shapes = _grad_shapes(weight, of_weight, of_bias)
-    return tuple(weight.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _(
+    hidden, low, weight, bias, up, targets, logit_scale, softcap, grad, flat, state, of_weight, of_bias, of_up, backend
+):
+    return _empty_grads(weight, up, of_weight, of_bias, of_up)
 
 
-def _grad_shapes(weight: Tensor, of_weight: bool, of_bias: bool):
-    return weight.shape if of_weight else (0,), weight.shape[:1] if of_bias else (0,)
+def _empty_grads(weight, up, of_weight: bool, of_bias: bool, of_up: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        weight.new_empty(weight.shape if of_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if of_bias else (0,), dtype=torch.float32),
+        weight.new_empty(up.shape if of_up else (0,), dtype=torch.float32),
+    )
 
 
 def _pack(rows: Rows) -> Tensor:
@@ -121,36 +139,36 @@ def _pack(rows: Rows) -> Tensor:
     return torch.stack([rows.z_y, slope_y, rows.offset, rows.rest, redone])
 
 
-def _unpack(state: Tensor, targets: Tensor, *, capped: bool) -> Rows:
+def _unpack(state: Tensor, targets: Tensor, *, capped: bool, indices: bool) -> Rows:
+    """`indices`: of the rows done again, which only a host that waits for the device can know; triton does without."""
     z_y, slope_y, offset, rest, redone = state.contiguous()
-    index = redone.nonzero()[:, 0]
+    index = redone.nonzero()[:, 0] if indices else redone.new_empty(0)
     return Rows(targets.long(), z_y, slope_y if capped else None, offset, rest, index if index.numel() else None)
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, *ctx.options, _, _, ctx.backend = inputs
-    _, unit, flat, state = output
-    ctx.dtypes = (hidden.dtype, weight.dtype)
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(hidden, weight, bias, targets, unit, flat, state)
+    hidden, low, weight, bias, up, targets, *ctx.options, _, _, ctx.backend = inputs
+    _, unit, unit_low, flat, state = output
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, low, weight, bias, up)]
+    ctx.save_for_backward(hidden, low, weight, bias, up, targets, unit, unit_low, flat, state)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
-    hidden, weight, bias, targets, unit, flat, state = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 9
+    *inputs, unit, unit_low, flat, state = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 11
     if grad is None:
         return tuple(grads)
-    if ctx.needs_input_grad[0]:
-        # Zero times a non-finite row is still zero: nothing depends on that row.
-        grads[0] = torch.where(grad[:, None] == 0, 0, unit * grad[:, None]).to(ctx.dtypes[0])
-    of_weight, of_bias = ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]
-    if of_weight or of_bias:
-        of_head = _weight_grad(
-            hidden, weight, bias, targets, *ctx.options, grad, flat, state, of_weight, of_bias, ctx.backend
-        )
-        grads[1] = of_head[0].to(ctx.dtypes[1]) if of_weight else None
-        grads[2] = of_head[1].to(ctx.dtypes[1]) if of_bias else None
+    wants = [bool(dtype) and wanted for dtype, wanted in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+    for which, each in enumerate((unit, unit_low)):
+        if wants[which]:
+            # Zero times a non-finite row is still zero: nothing depends on that row.
+            grads[which] = torch.where(grad[:, None] == 0, 0, each * grad[:, None])
+    if any(wants[2:]):
+        grads[2:5] = _weight_grad(*inputs, *ctx.options, grad, flat, state, *wants[2:], ctx.backend)
+    for which, wanted in enumerate(wants):
+        each = grads[which]
+        grads[which] = each.to(ctx.dtypes[which]) if wanted and each is not None else None
     return tuple(grads)
 
 

@@ -1,23 +1,30 @@
 """Log-probability of each target token, from the hidden rows and the lm_head, without the [N, V] logits.
 
-public function (checks, shapes) -> autograd.Function -> a backend's engine: `streaming` (torch), `_cpu` or `_triton`.
+public function (checks, shapes) -> autograd.Function -> a backend's engine, such as `streaming` (torch).
 Traced code (torch.compile) takes the registered ops of `library` in the place of the autograd.Function.
 
 The forward makes the unit gradient dlogp/dh, which depends on nothing that comes later, so the backward of a frozen
 head only scales rows: 2U in all (U = 2 N H V flops), exact for any upstream gradient. A trained head adds 1U where the
-exponentials fit `memory_budget` and are kept, 2U where they are made again.
-Not covered: float64 (`ops.reference`), double backward (a RuntimeError), a weight sharded over devices.
+exponentials fit `memory_budget` and are kept, 2U where they are made again. A LoRA on the head (`adapter`) and a head
+that lies on several ranks (`sharded`) go the same way.
+Not covered: float64 (`ops.reference`), double backward (a RuntimeError).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmrlhf.ops import adapter as lora
 from mmrlhf.ops import backend as backends
-from mmrlhf.ops import checks, library, reference, streaming
+from mmrlhf.ops import checks, library, reference, sharded, streaming
+from mmrlhf.ops.adapter import Adapters, LoraAdapter
+from mmrlhf.ops.sharded import VocabShard
 
 MEMORY_BUDGET = 1 << 30  # bytes of exponentials kept between forward and backward
 
@@ -30,6 +37,8 @@ def linear_logp(
     bias: Tensor | None = None,  # [V]
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    adapter: Adapters = None,
+    shard: VocabShard | None = None,
     ignore_index: int = -100,
     memory_budget: int | None = None,
     backend: str | None = None,
@@ -39,39 +48,127 @@ def linear_logp(
     z = softcap * tanh((logit_scale * hidden weight^T + bias) / softcap), or without the cap; logp = z_y - logsumexp z.
     Row t scores targets[t]: nothing is shifted inside. float32, bfloat16 or float16, one dtype for hidden and weight
     (autocast casts them, as for a linear layer); targets int32 or int64. Arithmetic is float32. Differentiable in
-    hidden, weight and bias; only the gradients asked for are computed. `memory_budget` (bytes, default 1 GiB) bounds
-    the exponentials kept for the gradient of weight and bias. No input is written to.
+    hidden, weight, bias and adapter; only the gradients asked for are computed. `memory_budget` (bytes, default 1 GiB)
+    bounds the exponentials kept for the gradient of weight, bias and adapter.b. No input is written to.
+    `adapter`: a `LoraAdapter` on the head, or several: hidden weight^T gains scale * (hidden a^T) b^T of each.
+    `shard`: weight, bias and adapter.b are this rank's rows of the vocabulary, targets global ids; every rank calls
+    with the same rows and gets the same result. A DTensor weight needs no `shard`: see `ops.sharded`.
 
     Raises TypeError for a dtype (float64 is for `ops.reference`), ValueError for a shape, a device, or a target out of
     range (seen on the CPU; elsewhere with MMRLHF_CHECK_VALUES=1), RuntimeError for a backend that cannot run or a
     double backward.
     """
-    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
-    double = backends.requested(backend) == "reference"
-    checks.head(hidden, weight, bias, logit_scale, softcap, double=double)
-    checks.targets(targets, hidden, weight.shape[0], ignore_index)
-    budget = check_budget(memory_budget)
-    name = choose_backend("linear_logp", hidden, weight, backend)
+    head = prepare(hidden, weight, targets, bias, logit_scale, softcap, adapter, shard, ignore_index, backend)
+    hidden, budget = head.hidden, check_budget(memory_budget)
+    name = choose_backend("linear_logp", head, backend)
     if name == "reference":
-        return reference.linear_logp(
-            hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index
-        )
-    head = streaming.Head(weight, bias, logit_scale, softcap)
+        return reference.linear_logp(hidden, head.weight, targets, **head.options(), ignore_index=ignore_index)
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     if checks.traced(hidden):
-        keep = wants_grad(weight, bias) and 4 * flat.shape[0] * weight.shape[0] <= budget
-        unit = wants_grad(hidden)
-        logp = library.linear_logp(head, rows, flat, ignore_index=ignore_index, unit=unit, keep=keep, backend=name)
-        return logp.reshape(targets.shape)
-    engine = backends.engine(name)
-    return _without_ignored(engine, head, rows, flat, ignore_index, budget).reshape(targets.shape)
+        return library.linear_logp(
+            head.engine_head(),
+            rows,
+            flat,
+            low_rows=head.low_rows,
+            ignore_index=ignore_index,
+            unit=wants_grad(hidden),
+            keep=head.trained and 4 * flat.shape[0] * head.weight.shape[0] <= budget,
+            backend=name,
+        ).reshape(targets.shape)
+    return _without_ignored(backends.engine(name), head, rows, flat, ignore_index, budget).reshape(targets.shape)
 
 
-def choose_backend(op: str, hidden: Tensor, weight: Tensor, backend: str | None) -> str:
-    """The name of the backend that runs `op`; in traced code a constant of the graph."""
+@dataclass(frozen=True)
+class Given:
+    """The head's arguments, checked: plain tensors, in the autocast dtype under autocast."""
+
+    hidden: Tensor  # [..., H]
+    weight: Tensor  # [V, H]; with a shard, this rank's rows, as of bias and of an adapter's b
+    bias: Tensor | None  # [V]
+    logit_scale: float
+    softcap: float | None
+    adapters: tuple[LoraAdapter, ...]
+    shard: VocabShard | None
+
+    def options(self) -> dict[str, Any]:
+        """What `reference.linear_logp` takes besides tensors."""
+        return {
+            "bias": self.bias,
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+            "adapter": self.adapters,
+            "shard": self.shard,
+        }
+
+    def engine_head(self) -> streaming.Head:
+        up = lora.up_rows(self.adapters)
+        return streaming.Head(self.weight, self.bias, self.logit_scale, self.softcap, up, self.shard)
+
+    def low_rows(self, hidden: Tensor) -> Tensor | None:
+        """The adapters' [n, r] rows of hidden [n, H]."""
+        return lora.low_rows(self.adapters, hidden)
+
+    @property
+    def trained(self) -> bool:
+        """Whether a gradient that is made from the exponentials is wanted."""
+        return wants_grad(self.weight, self.bias, *(each.b for each in self.adapters))
+
+
+def prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    adapter: Adapters,
+    shard: VocabShard | None,
+    ignore_index: int | None,
+    backend: str | None,
+) -> Given:
+    """Every check of the head's arguments; DTensors made plain."""
+    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+    adapters = lora.several(adapter)
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a VocabShard, got {type(shard).__name__}")
+    if shard is not None or any(map(sharded.is_dtensor, (hidden, weight, bias, *lora.tensors(adapters)))):
+        weight, bias, adapters, shard = _on_this_rank(hidden, weight, bias, adapters, shard)
+    double = backends.requested(backend) == "reference"
+    checks.head(hidden, weight, bias, logit_scale, softcap, double=double, empty=shard is not None)
+    lora.check(adapters, hidden, weight)
+    checks.targets(targets, hidden, weight.shape[0] if shard is None else shard.total, ignore_index)
+    if shard is not None:
+        shard.check(weight, targets)
+    return Given(hidden, weight, bias, logit_scale, softcap, adapters, shard)
+
+
+def _on_this_rank(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: tuple[LoraAdapter, ...],
+    shard: VocabShard | None,
+) -> tuple[Tensor, Tensor | None, tuple[LoraAdapter, ...], VocabShard | None]:
     if checks.traced(hidden):
-        return library.choose(op, backend, hidden.dtype, hidden.device)
-    return backends.choose(op, hidden, weight, requested=backend).name
+        raise ValueError(
+            "a sharded vocabulary or a DTensor is not for traced code (torch.compile): call the op eagerly"
+        )
+    if sharded.is_dtensor(hidden):
+        raise TypeError("hidden must be a plain tensor, got a DTensor: pass hidden.to_local() of replicated rows")
+    cut = None
+    if sharded.is_dtensor(weight):
+        cut, shard = sharded.shard_of(weight, shard)
+    local = [dataclasses.replace(each, a=sharded.plain(each.a), b=sharded.plain(each.b, cut)) for each in adapters]
+    return sharded.plain(weight, cut), sharded.plain(bias, cut), tuple(local), shard
+
+
+def choose_backend(op: str, head: Given, backend: str | None) -> str:
+    """The name of the backend that runs `op`; in traced code a constant of the graph."""
+    hidden = head.hidden
+    need = ("adapter",) * bool(head.adapters) + ("shard",) * (head.shard is not None)
+    if checks.traced(hidden):
+        return library.choose(op, backend, hidden.dtype, hidden.device, need)
+    return backends.choose(op, hidden, head.weight, requested=backend, need=need).name
 
 
 def cast_for_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -108,7 +205,7 @@ def refuse_double_backward(op: str) -> None:
 
 def _without_ignored(
     engine: ModuleType,
-    head: streaming.Head,
+    head: Given,
     hidden: Tensor,  # [N, H]
     targets: Tensor,  # [N] int64
     ignore_index: int,
@@ -126,64 +223,77 @@ def _without_ignored(
     return torch.zeros(targets.shape, dtype=torch.float32).index_put((index,), logp)
 
 
-def _apply(engine: ModuleType, head: streaming.Head, hidden: Tensor, targets: Tensor, budget: int) -> Tensor:
-    return _LinearLogp.apply(
-        engine,
-        hidden,
-        head.weight,
-        head.bias,
-        targets,
-        head.logit_scale,
-        head.softcap,
-        (wants_grad(hidden), wants_grad(head.weight, head.bias)),
-        budget,
-    )
+def _apply(engine: ModuleType, given: Given, hidden: Tensor, targets: Tensor, budget: int) -> Tensor:
+    head, low = given.engine_head(), given.low_rows(hidden)
+    wants = (wants_grad(hidden), wants_grad(low), given.trained)
+    tensors = (hidden, low, head.weight, head.bias, head.up)
+    return _LinearLogp.apply(engine, head.settings, wants, budget, targets, *tensors)
 
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, engine, hidden, weight, bias, targets, logit_scale, softcap, wants, budget):
-        head, hidden = streaming.Head(weight, bias, logit_scale, softcap), hidden.contiguous()
-        wants_hidden, wants_head = wants
+    def forward(ctx, engine, settings, wants, budget, targets, hidden, low, weight, bias, up):
+        head, hidden = streaming.Head(weight, bias, up=up, **settings), hidden.contiguous()
+        wants_hidden, wants_low, wants_head = wants
         with torch.autocast(hidden.device.type, enabled=False):
             keep = None
             if wants_head and hidden.shape[0] * engine.row_bytes(head) <= budget:
                 keep = engine.Kept.empty(hidden.shape[0], head)
-            rows, unit = engine.forward(head, hidden, targets, unit=wants_hidden, keep=keep)
-        ctx.engine, ctx.options, ctx.dtype = engine, (logit_scale, softcap), hidden.dtype
+            unit_low = torch.empty_like(low) if wants_low else None
+            adapter = {} if low is None else {"low": low, "unit_low": unit_low}
+            rows, unit = engine.forward(head, hidden, targets, unit=wants_hidden, keep=keep, **adapter)
+        ctx.engine, ctx.settings, ctx.dtype = engine, settings, hidden.dtype
         ctx.columns = None if keep is None else keep.columns
         if wants_head:
             vectors = (rows.targets, rows.z_y, rows.slope_y, rows.offset, rows.rest, rows.redone)
-            ctx.save_for_backward(unit, None if keep is None else keep.flat, hidden, weight, bias, *vectors)
+            tensors = (None if keep is None else keep.flat, hidden, low, weight, bias, up, *vectors)
+            ctx.save_for_backward(unit, unit_low, *tensors)
         else:
-            ctx.save_for_backward(unit)
+            ctx.save_for_backward(unit, unit_low)
         return rows.logp()
 
     @staticmethod
     def backward(ctx, grad):
         refuse_double_backward("linear_logp")
-        unit, *saved = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[1:4]
-        grad_hidden = grad_weight = grad_bias = None
-        if wants_hidden:
-            # Zero times a non-finite row is still zero: nothing depends on that row.
-            grad_hidden = torch.where(grad[:, None] == 0, 0, unit * grad[:, None]).to(ctx.dtype)
-        if wants_weight or wants_bias:
-            flat, hidden, weight, bias, *vectors = saved
-            head = streaming.Head(weight, bias, *ctx.options)
-            keep = None if flat is None else ctx.engine.Kept(flat, hidden.shape[0], weight.shape[0], ctx.columns)
-            grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-            grad_bias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device) if wants_bias else None
-            with torch.autocast(hidden.device.type, enabled=False):
-                ctx.engine.weight_grad(
-                    head,
-                    hidden,
-                    streaming.Rows(*vectors),
-                    grad,
-                    grad_weight=grad_weight,
-                    grad_bias=grad_bias,
-                    keep=keep,
-                )
-            grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-            grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return None, grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        unit, unit_low, *saved = ctx.saved_tensors
+        wants = ctx.needs_input_grad[5:]
+        # Zero times a non-finite row is still zero: nothing depends on that row.
+        rows = (
+            torch.where(grad[:, None] == 0, 0, each * grad[:, None]) if wanted else None
+            for each, wanted in zip((unit, unit_low), wants, strict=False)
+        )
+        grad_hidden, grad_low = rows
+        grads = (None, None, None)
+        if any(wants[2:]):
+            grads = _head_gradients(ctx, grad, *saved)
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(ctx.dtype)
+        return None, None, None, None, None, grad_hidden, grad_low, *grads
+
+
+def _head_gradients(ctx: Any, grad: Tensor, flat, hidden, low, weight, bias, up, *vectors) -> tuple[Tensor | None, ...]:
+    """Gradients of weight, bias and up, each None if not wanted."""
+    head = streaming.Head(weight, bias, up=up, **ctx.settings)
+    keep = None if flat is None else ctx.engine.Kept(flat, hidden.shape[0], weight.shape[0], ctx.columns)
+    wants = ctx.needs_input_grad[7:]
+    dtypes = (weight.dtype, torch.float32, torch.float32)  # a block of dW is whole when it is written: rounded there
+    of_weight, of_bias, of_up = (
+        torch.empty(tensor.shape, dtype=dtype, device=tensor.device) if wanted else None
+        for tensor, dtype, wanted in zip((weight, bias, up), dtypes, wants, strict=True)
+    )
+    adapter = {} if low is None else {"low": low, "grad_up": of_up}
+    with torch.autocast(hidden.device.type, enabled=False):
+        ctx.engine.weight_grad(
+            head,
+            hidden,
+            streaming.Rows(*vectors),
+            grad,
+            grad_weight=of_weight,
+            grad_bias=of_bias,
+            keep=keep,
+            **adapter,
+        )
+    return (
+        of_weight,
+        None if of_bias is None else of_bias.to(bias.dtype),
+        None if of_up is None else of_up.to(up.dtype),
+    )

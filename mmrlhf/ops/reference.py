@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmrlhf.ops.adapter import Adapters, several
 from mmrlhf.ops.loss_kinds import LOSSES, LossOptions
+from mmrlhf.ops.sharded import VocabShard
 
 Beta = float | Tensor | Callable[[Tensor, Tensor | None], "float | Tensor"]
 
@@ -32,15 +34,24 @@ def linear_logp(
     bias: Tensor | None = None,  # [V]
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    adapter: Adapters = None,
+    shard: VocabShard | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """Log-probability of each target, [...] in nats: z_y - logsumexp(z), 0 where the target is `ignore_index`."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     keep = targets != ignore_index
     hidden = torch.where(keep[..., None], hidden.to(dtype), 0)  # a non-finite ignored row gives no NaN gradient
-    logits = hidden @ weight.to(dtype).T * logit_scale
+
+    def whole(rows: Tensor) -> Tensor:
+        return rows.to(dtype) if shard is None else shard.gather(rows.to(dtype))
+
+    logits = hidden @ whole(weight).T
+    for each in several(adapter):
+        logits = logits + each.scale * (hidden @ each.a.to(dtype).T) @ whole(each.b).T
+    logits = logits * logit_scale
     if bias is not None:
-        logits = logits + bias.to(dtype)
+        logits = logits + whole(bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     index = torch.where(keep, targets, 0).long()[..., None]
@@ -143,12 +154,17 @@ def preference_loss(
         ratio[better], ratio[worse], beta, LossOptions(label_smoothing, gamma_beta_ratio, discopop_tau)
     )
     weighted = losses if pair_weight is None else losses * pair_weight
-    count = max(pairs.shape[0], 1) if num_pairs is None else num_pairs
+    count = max(pairs.shape[0], 1) if num_pairs is None else _number(num_pairs)
     with torch.no_grad():
         margins = beta * (ratio[better] - ratio[worse])
         rewards = _response_beta(beta, pairs, ratio) * ratio
         accuracy = (margins > 0).to(scores.dtype).sum() / max(pairs.shape[0], 1)
-    return PreferenceOutput(weighted.sum() / count, losses, rewards, margins, accuracy)
+    return PreferenceOutput((weighted.sum() / count).to(scores.dtype), losses, rewards, margins, accuracy)
+
+
+def _number(total: float | Tensor) -> float | Tensor:
+    """A total that comes as a tensor of one number, of whatever shape, as a scalar: what it divides keeps its shape."""
+    return total.reshape(()) if isinstance(total, Tensor) else total
 
 
 def _response_beta(beta: float | Tensor, pairs: Tensor, ratio: Tensor) -> float | Tensor:
@@ -195,7 +211,7 @@ class Objective:
     def sft_tokens(self) -> float | Tensor:
         """What the sft term is divided by: `num_sft_tokens`, or the better responses' tokens, counted once a pair."""
         if self.num_sft_tokens is not None:
-            return self.num_sft_tokens
+            return _number(self.num_sft_tokens)
         return (self.times_better() * self.cu_seqlens.diff()).sum().clamp(min=1)
 
     def __call__(self, logp: Tensor) -> FusedPreferenceOutput:
@@ -243,12 +259,58 @@ def fused_preference_loss(
     bias: Tensor | None = None,  # [V]
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    adapter: Adapters = None,
+    shard: VocabShard | None = None,
     **settings,
 ) -> FusedPreferenceOutput:
     """`linear_logp`, then `Objective(cu_seqlens, pairs, **settings)`."""
-    logp = linear_logp(hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap)
+    logp = linear_logp(
+        hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, adapter=adapter, shard=shard
+    )
     known = {f.name for f in dataclasses.fields(Objective)}
     unknown = set(settings) - known
     if unknown:
         raise TypeError(f"unknown settings {sorted(unknown)}; known: {sorted(known)}")
     return Objective(cu_seqlens, pairs, **settings)(logp)
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What a row's distribution p over the vocabulary is like; each [...] float32 (float64 from float64)."""
+
+    entropy: Tensor  # -sum p log p, nats
+    sum_p2: Tensor  # sum of squared probabilities: 1 for a sure row, 1 / V for a uniform one
+    mean_logit: Tensor  # mean of z over the vocabulary
+    logp: Tensor | None = None  # log-probability of the target, nats; this and the next None without targets
+    is_top1: Tensor | None = None  # bool: no token has a larger logit than the target, so a tie counts
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor | None = None,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> TokenStatistics:
+    """See `mmrlhf.ops.token_statistics`."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(dtype) @ weight.to(dtype).T * logit_scale
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    whole = (-torch.where(p > 0, p * logp, 0 * p).sum(-1), (p * p).sum(-1), logits.mean(-1))
+    if targets is None:
+        return TokenStatistics(*whole)
+    counts = targets != ignore_index
+    index = torch.where(counts, targets, 0).long()[..., None]
+    top1 = counts & (logits.gather(-1, index)[..., 0] >= logits.amax(-1))
+    own = logp.gather(-1, index)[..., 0]
+    entropy, sum_p2, mean_logit, own = (torch.where(counts, each, 0) for each in (*whole, own))
+    return TokenStatistics(entropy, sum_p2, mean_logit, own, top1)

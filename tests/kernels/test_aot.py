@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks import aot, aot_cases
 from mmrlhf.kernels.triton import configs
 
 
-@pytest.fixture(scope="module")
-def aot(repository):
-    spec = importlib.util.spec_from_file_location("aot", repository / "benchmarks" / "aot.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["aot"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def clean(aot, case):
+def clean(case):
     return aot.Result(registers=200, shared=1000, counts=dict.fromkeys(aot.COUNTED, 0) | dict.fromkeys(case.needs, 1))
 
 
-def test_every_fault_is_named(aot):
-    case = next(iter(aot.gemm_cases(90, quick=True)))
-    result = clean(aot, case)
+def test_every_fault_is_named():
+    case = next(iter(aot_cases.gemm_cases(90, quick=True)))
+    result = clean(case)
     assert aot.faults(case, result, 90) == []
     spilled = dataclasses.replace(result, stack=8, counts=result.counts | {"STL": 2, "LDL": 1})
     assert aot.faults(case, spilled, 90) == ["spills: 8 bytes of stack, 3 local loads and stores"]
@@ -41,14 +33,52 @@ def test_every_fault_is_named(aot):
 
 
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
-def test_every_row_of_the_table_is_compiled(aot, arch):
-    compiled = [case.config for case in aot.cases(arch)]
-    for rule in (*configs.GEMM_RULES, *configs.CANDIDATES):
+def test_every_row_of_the_table_is_compiled(arch):
+    cases = aot_cases.cases(arch)
+    compiled = [case.config for case in cases]
+    for rule in (*configs.TUNED, *configs.GEMM_RULES, *configs.CANDIDATES):
         if rule.arch[0] <= arch < rule.arch[1]:
             assert rule.config in compiled
-    names = {case.name.split()[0] for case in aot.cases(arch)}
-    assert names == {"exp2_gemm", "exp2_epilogue", "target_logit", "unit_gradient", "finish", "preference"}
-    assert len({case.name for case in aot.cases(arch)}) == len(compiled)
+    assert len({case.name for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [False, True])
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_everything_pick_returns_is_compiled_with_its_epilogue(arch, bias, softcap, statistics):
+    """Not only the row of the table: a configuration that holds the plain epilogue may spill with a heavier one."""
+    flags = {"bias": bias, "softcap": softcap, "statistics": statistics}
+    compiled = {
+        (case.config, case.constants["SOFTCAP"], case.constants["STATS"], "bias" not in case.constants)
+        for case in aot_cases.gemm_cases(arch, quick=False)
+    }
+    for rows in (1, 2, 63, 64, 65, 127, 128, 255, 256, 257, 1024, 1025, 4096, 100_000):
+        config = configs.pick(configs.Problem(arch, rows, 3584, 152064, **flags))
+        assert (config, softcap, statistics, bias) in compiled
+
+
+def test_rows_of_the_tuned_table_are_compiled(monkeypatch):
+    """A tuner may write any configuration for any range of rows."""
+    tuned = configs.GemmConfig(4, 5, 64, 256, 64, loads="descriptor")
+    monkeypatch.setattr(configs, "TUNED", (configs.Rule(tuned, (90, 91), max_rows=300, heavy=0),))
+    assert tuned in [case.config for case in aot_cases.cases(90)]
+    assert {300, 301} <= set(aot_cases.row_counts())
+
+
+def test_every_kernel_is_compiled(repository):
+    """A kernel that is not in the list would never meet the compiler before a GPU does."""
+    written = {
+        node.name
+        for path in (repository / "kernels/triton").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert {case.kernel.__name__ for case in aot_cases.cases(90)} == written
+    for case in aot_cases.cases(90):
+        assert set(case.constants) | set(case.types) >= {name for name in case.kernel.arg_names if name.isupper()}, (
+            f"{case.name} lacks a compile-time argument"
+        )
 
 
 @pytest.mark.slow

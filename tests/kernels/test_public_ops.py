@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmrlhf.kernels.triton import launch
-from mmrlhf.ops import LOSS_KINDS, backend, fused_preference_loss, linear_logp, reference
+from mmrlhf.ops import LOSS_KINDS, LoraAdapter, backend, fused_preference_loss, linear_logp, reference
 from numerics import HeadProblem, assert_no_worse, plain_logp
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="test_device.py is for a GPU")
@@ -69,6 +69,40 @@ def test_fused(kind, frozen):
     (truth, true_grads), (baseline, base_grads), (ours, grads) = results
     for name in ("loss", "losses", "scores", "rewards", "margins", "accuracy", "logp", "sft_loss", "beta"):
         assert_no_worse(getattr(ours, name), getattr(baseline, name), getattr(truth, name), name=name)
+    for name in grads:
+        assert_no_worse(grads[name], base_grads[name], true_grads[name], name=name)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("far", [False, True], ids=["", "far"])
+@pytest.mark.parametrize("budget", [None, 0], ids=["kept", "recomputed"])
+def test_an_adapter(budget, far):
+    """Value and gradients of hidden, weight, bias, a and b; `far`: every third row is more than 44 nats down."""
+    problem = HeadProblem.random(20, 24, 131, bias=True, softcap=80.0, logit_scale=0.9)
+    g = torch.Generator().manual_seed(3)
+    a, b, upstream = (
+        torch.randn(5, 24, generator=g),
+        torch.randn(131, 5, generator=g) * 0.2,
+        torch.randn(20, generator=g),
+    )
+    if far:
+        problem.hidden[::3] *= 60
+        z = problem.hidden @ (problem.weight + 0.7 * b @ a).T + problem.bias
+        problem.targets[:] = z.argmin(1)
+    results = []
+    for dtype, how in (
+        (torch.float64, reference.linear_logp),
+        (torch.float32, reference.linear_logp),
+        (torch.float32, lambda *args, **k: linear_logp(*args, **k, backend="triton", memory_budget=budget)),
+    ):
+        leaves = problem.leaves(dtype) | {n: t.detach().to(dtype).requires_grad_() for n, t in (("a", a), ("b", b))}
+        adapter = LoraAdapter(leaves["a"], leaves["b"], 0.7)
+        tensors = (leaves["hidden"], leaves["weight"], problem.targets)
+        logp = how(*tensors, bias=leaves["bias"], adapter=adapter, **problem.options)
+        results.append((logp, gradients((logp * upstream.to(dtype)).sum(), leaves)))
+    (truth, true_grads), (baseline, base_grads), (ours, grads) = results
+    assert (float(truth.detach().min()) < -100) == far
+    assert_no_worse(ours, baseline, truth, name="logp")
     for name in grads:
         assert_no_worse(grads[name], base_grads[name], true_grads[name], name=name)
 

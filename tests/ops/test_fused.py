@@ -275,6 +275,20 @@ def test_k06_no_weight_no_pairs_no_tokens(train):
     assert abs(float(empty.loss.detach()) - 0.6931472) < 1e-6
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_totals_as_tensors_of_one_number_leave_scalars(backend):
+    """[1], as a total that was all-reduced comes, or []: the same scalars as from numbers."""
+    problem, settings = scene()
+    arguments = (problem.hidden, problem.weight, problem.targets, CU, PAIRS)
+    want = fused_preference_loss(*arguments, **settings, num_pairs=9, num_sft_tokens=50, backend=backend)
+    for shape in ((), (1,)):
+        totals = {"num_pairs": torch.full(shape, 9.0), "num_sft_tokens": torch.full(shape, 50)}
+        out = fused_preference_loss(*arguments, **settings, **totals, backend=backend)
+        assert out.loss.shape == out.sft_loss.shape == ()
+        assert torch.equal(out.loss, want.loss)
+        assert torch.equal(out.sft_loss, want.sft_loss)
+
+
 @pytest.mark.parametrize("train", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trained"])
 def test_k10_equal_pair(train):
     """The same response twice: log 2, and opposite gradients."""

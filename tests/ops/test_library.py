@@ -133,15 +133,20 @@ def test_autocast_is_left_outside_the_op():
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("softcap", [None, 300.0])
-def test_opcheck(head_backend, keep, softcap):
+@pytest.mark.parametrize("rank", [None, 3], ids=["bare", "adapter"])
+def test_opcheck(head_backend, keep, softcap, rank):
     problem = problem_with_faults()
     leaves = problem.leaves()
-    arguments = (leaves["hidden"], leaves["weight"], leaves["bias"], problem.targets, 0.7, softcap)
+    low = up = None
+    if rank:
+        low, up = (torch.randn(size, rank, requires_grad=True) for size in (21, 1301))
+    arguments = (leaves["hidden"], low, leaves["weight"], leaves["bias"], up, problem.targets, 0.7, softcap)
     torch.library.opcheck(library._linear_logp, (*arguments, True, keep, head_backend))
     with torch.no_grad():
-        _, _, flat, state = library._linear_logp(*arguments, True, keep, head_backend)
+        _, _, _, flat, state = library._linear_logp(*arguments, True, keep, head_backend)
         plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-        torch.library.opcheck(library._weight_grad, (*plain, torch.randn(21), flat, state, True, True, head_backend))
+        wanted = (True, True, rank is not None)
+        torch.library.opcheck(library._weight_grad, (*plain, torch.randn(21), flat, state, *wanted, head_backend))
 
 
 def test_meta_and_fake_tensors_give_shapes():

@@ -232,6 +232,9 @@ def test_pair_weight_and_num_pairs():
     assert torch.allclose(sum(parts), preference_loss(scores, ref, pairs).loss)
     tensor = preference_loss(scores, ref, pairs, num_pairs=torch.tensor(10.0)).loss
     assert torch.allclose(tensor, preference_loss(scores, ref, pairs).loss / 2)
+    one = preference_loss(scores.float(), ref.float(), pairs, num_pairs=torch.tensor([10.0], dtype=torch.float64)).loss
+    assert (one.shape, one.dtype) == ((), torch.float32)  # a total as all_reduce leaves it does not shape the loss
+    assert one == preference_loss(scores.float(), ref.float(), pairs, num_pairs=10).loss
 
 
 def test_rewards_with_a_beta_a_pair():

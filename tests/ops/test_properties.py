@@ -1,7 +1,14 @@
-"""Properties over random problems: 25 examples each, or MMRLHF_HYPOTHESIS=500 for a long run."""
+"""Properties over random problems: 25 examples each, or MMRLHF_HYPOTHESIS=500 for a long run.
+
+    MMRLHF_HYPOTHESIS=500 pytest tests/ops/test_properties.py
+
+The examples are the same in every run. The triton backend, in its interpreter at half a second an example, gets a fifth
+of them.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -20,54 +27,128 @@ from mmrlhf.ops import (
     sequence_score,
 )
 from mmrlhf.ops.loss_kinds import LOSSES
+from mmrlhf.ops.token_statistics import token_statistics
 from numerics import HeadProblem, assert_no_worse, plain_logp
 
-pytestmark = pytest.mark.usefixtures("head_backend")
-few = settings(
-    max_examples=int(os.environ.get("MMRLHF_HYPOTHESIS", "25")),
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+every_backend = pytest.mark.usefixtures("head_backend")
 
 
-def floor(truth: torch.Tensor) -> float:
+def in_triton(function):
+    quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter, of infinities
+    return every_backend(quiet(pytest.mark.parametrize("head_backend", ["triton"], indirect=True)(function)))
+
+
+def examples(share: int = 1):
+    return settings(
+        max_examples=max(int(os.environ.get("MMRLHF_HYPOTHESIS", 25)) // share, 1),
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+
+
+few, fewer = examples(), examples(5)
+
+
+def floor(truth: torch.Tensor, dtype: torch.dtype = torch.float32) -> float:
     """Eight roundings of the largest value: a problem of one or two numbers says little of the baseline's error.
 
     And 1e-12, since a saturated softcap has a slope of 1e-30, of which float64 autograd (1 - tanh^2) makes 0 +- 1e-16.
     """
-    return 8 * torch.finfo(torch.float32).eps * float(truth.detach().abs().max()) + 1e-12 if truth.numel() else 0.0
+    if truth.numel() == 0:
+        return 0.0
+    rounding = max(8 * torch.finfo(torch.float32).eps, torch.finfo(dtype).eps)
+    return rounding * float(truth.detach().abs().max()) + max(1e-12, torch.finfo(dtype).smallest_normal)
 
 
-@few
-@given(
-    n=st.integers(0, 40),
-    h=st.integers(1, 33),
-    v=st.integers(1, 3000),
-    spread=st.sampled_from([0.0, 0.1, 2.0, 30.0, 1000.0]),
-    softcap=st.sampled_from([None, 3.0, 50.0]),
-    bias=st.booleans(),
-    budget=st.sampled_from([None, 0]),
-    seed=st.integers(0, 10**6),
-)
-def test_linear_logp_is_a_log_probability(n, h, v, spread, softcap, bias, budget, seed):
-    problem = HeadProblem.random(n, h, v, bias=bias, seed=seed, spread=spread, softcap=softcap)
-    upstream = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+def heads(n: int, h: int, v: int, dtypes=(torch.float32,)):
+    """Arguments of `check_head`: rows, widths and vocabularies up to n, h and v."""
+    return {
+        "n": st.integers(0, n),
+        "h": st.integers(1, h),
+        "v": st.integers(1, v),
+        "dtype": st.sampled_from(dtypes),
+        "spread": st.sampled_from([0.0, 0.1, 2.0, 30.0, 1000.0]),
+        "options": st.fixed_dictionaries(
+            {"softcap": st.sampled_from([None, 3.0, 50.0]), "logit_scale": st.sampled_from([1.0, 0.3, 2.5])}
+        ),
+        "bias": st.booleans(),
+        "ignored": st.sampled_from([0.0, 0.3, 1.0]),
+        "budget": st.sampled_from([None, 0]),
+        "seed": st.integers(0, 10**6),
+    }
 
-    def run(function, dtype=None, **more):
+
+def check_head(n, h, v, dtype, spread, options, bias, ignored, budget, seed):
+    """linear_logp, value and gradients; rows that are ignored are those of the others alone, with zeros for them."""
+    problem = HeadProblem.random(n, h, v, dtype=dtype, bias=bias, seed=seed, spread=spread, **options)
+    g = torch.Generator().manual_seed(seed)
+    upstream, counts = torch.randn(n, generator=g), torch.rand(n, generator=g) >= ignored
+
+    def run(function, targets, some, dtype=None, **more):
         leaves = problem.leaves(dtype)
         logp = function(
-            leaves["hidden"], leaves["weight"], problem.targets, bias=leaves.get("bias"), softcap=softcap, **more
+            leaves["hidden"][some], leaves["weight"], targets[some], bias=leaves.get("bias"), **options, **more
         )
-        logp.backward(upstream.to(logp.dtype))
+        logp.backward(upstream[some].to(logp.dtype))
         return [logp, *(leaf.grad for leaf in leaves.values())]
 
-    ours = run(linear_logp, memory_budget=budget)
+    def without(function, dtype=None):
+        """The rows that count, alone."""
+        logp, *grads = run(function, problem.targets, counts, dtype)
+        return [torch.zeros(n, dtype=logp.dtype).masked_scatter(counts, logp), *grads]
+
+    ours = run(linear_logp, torch.where(counts, problem.targets, -100), slice(None), memory_budget=budget)
     assert (ours[0] <= 0).all()
-    for got, base, truth in zip(ours, run(plain_logp), run(reference.linear_logp, torch.float64), strict=True):
-        assert_no_worse(got, base, truth, floor=floor(truth))
+    assert (ours[0][~counts] == 0).all()
+    for got, base, truth in zip(ours, without(plain_logp), without(reference.linear_logp, torch.float64), strict=True):
+        assert_no_worse(got, base, truth, floor=floor(truth, got.dtype))
 
 
+@every_backend
+@few
+@given(**heads(40, 33, 3000, (torch.float32, torch.bfloat16, torch.float16)))
+def test_linear_logp_is_a_log_probability(**given_):
+    check_head(**given_)
+
+
+@in_triton
+@fewer
+@given(**heads(20, 33, 150))
+def test_linear_logp_in_triton(**given_):
+    check_head(**given_)
+
+
+def check_statistics(n, h, v, dtype, spread, options, bias, ignored, budget, seed):
+    problem = HeadProblem.random(n, h, v, dtype=dtype, bias=bias, seed=seed, spread=spread, **options)
+    given_ = {"bias": problem.bias, **options}
+    doubles = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in given_.items()}
+    out = token_statistics(problem.hidden, problem.weight, problem.targets, **given_)
+    truth = reference.token_statistics(problem.hidden.double(), problem.weight.double(), problem.targets, **doubles)
+    base = reference.token_statistics(problem.hidden, problem.weight, problem.targets, **given_)
+    for name in ("entropy", "sum_p2", "mean_logit", "logp"):
+        # A mean near 0 is as exact as the logits it is of, and an entropy near 0 as those it is the distance of.
+        size = {"mean_logit": 8e-7 * spread, "entropy": 1e-6}.get(name, 0.0)
+        assert_no_worse(getattr(out, name), getattr(base, name), getattr(truth, name), floor=floor(truth.logp) + size)
+    assert ((out.entropy >= -1e-6) & (out.entropy <= math.log(v) + 1e-5)).all()
+    assert ((out.sum_p2 >= (1 - 1e-5) / v) & (out.sum_p2 <= 1 + 1e-6)).all()
+
+
+@every_backend
+@few
+@given(**heads(40, 33, 3000, (torch.float32, torch.bfloat16, torch.float16)))
+def test_token_statistics_are_those_of_the_softmax(**given_):
+    check_statistics(**given_)
+
+
+@in_triton
+@fewer
+@given(**heads(20, 33, 150))
+def test_token_statistics_in_triton(**given_):
+    check_statistics(**given_)
+
+
+@every_backend
 @few
 @given(h=st.integers(1, 20), v=st.integers(1, 40), spread=st.floats(0, 20), seed=st.integers(0, 10**6))
 def test_probabilities_sum_to_one(h, v, spread, seed):
@@ -77,15 +158,13 @@ def test_probabilities_sum_to_one(h, v, spread, seed):
     assert abs(float(logp.double().exp().sum()) - 1) < 1e-4
 
 
-@few
-@given(data=st.data(), kind=st.sampled_from(LOSS_KINDS), trained=st.booleans(), seed=st.integers(0, 10**6))
-def test_fused_is_the_reference(data, kind, trained, seed):
+def check_fused(data, kind, trained, seed, vocab):
     lengths = data.draw(st.lists(st.integers(0, 9), min_size=2, max_size=7))
     responses, n = len(lengths), sum(lengths)
     index = st.integers(0, responses - 1)
     drawn = data.draw(st.lists(st.tuples(index, index).filter(lambda p: p[0] != p[1]), max_size=6))
-    budget = data.draw(st.sampled_from([None, 0, 4 * 300 * 8]))
-    problem = HeadProblem.random(n, 12, 300, seed=seed)
+    budget = data.draw(st.sampled_from([None, 0, 4 * vocab * 8]))
+    problem = HeadProblem.random(n, 12, vocab, seed=seed)
     pairs = torch.tensor(drawn, dtype=torch.int64).reshape(-1, 2)
     g = torch.Generator().manual_seed(seed)
     options = {
@@ -118,6 +197,52 @@ def test_fused_is_the_reference(data, kind, trained, seed):
     reference.Objective(cumulative(lengths), pairs, **given_)(logp).loss.backward()
     conditioned = float((logp.grad * logp).detach().abs().sum() + true_loss.detach().abs())
     assert_no_worse(loss, base_loss, true_loss, floor=torch.finfo(torch.float32).eps * conditioned)
+
+
+KINDS = {"data": st.data(), "kind": st.sampled_from(LOSS_KINDS), "seed": st.integers(0, 10**6)}
+
+
+@every_backend
+@few
+@given(**KINDS, trained=st.booleans())
+def test_fused_is_the_reference(data, kind, trained, seed):
+    check_fused(data, kind, trained, seed, 300)
+
+
+@in_triton
+@fewer
+@given(**KINDS, trained=st.booleans())
+def test_fused_in_triton(data, kind, trained, seed):
+    check_fused(data, kind, trained, seed, 67)
+
+
+@few
+@given(**KINDS)
+def test_preference_loss_is_the_reference_in_float64(data, kind, seed):
+    """Every kind over any pair list, with betas and weights a pair: loss, losses and the gradient of every score."""
+    responses = data.draw(st.integers(2, 7))
+    index = st.integers(0, responses - 1)
+    pairs = torch.tensor(
+        data.draw(st.lists(st.tuples(index, index).filter(lambda p: p[0] != p[1]), max_size=9)), dtype=torch.int64
+    ).reshape(-1, 2)
+    size = data.draw(st.sampled_from([0.1, 3.0, 300.0]))
+    g = torch.Generator().manual_seed(seed)
+    scores = -size * torch.rand(responses, generator=g) - 1e-3
+    terms = {"kind": kind, "label_smoothing": {"exo_pair": 0.01, "robust": 0.2}.get(kind, 0.0)}
+    tensors = {"beta": torch.rand(len(pairs), generator=g) + 0.05, "pair_weight": torch.rand(len(pairs), generator=g)}
+    anchor = -size * torch.rand(responses, generator=g) if LOSSES[kind].reference else None
+
+    def run(function, dtype):
+        leaf = scores.detach().clone().to(dtype).requires_grad_()
+        given_ = {name: value.to(dtype) for name, value in tensors.items()}
+        out = function(leaf, None if anchor is None else anchor.to(dtype), pairs, **terms, **given_)
+        out.loss.backward()
+        return out.losses, leaf.grad
+
+    results = run(preference_loss, torch.float32), run(reference.preference_loss, torch.float32)
+    truth = run(reference.preference_loss, torch.float64)
+    for got, base, exact in zip(*results, truth, strict=True):
+        assert_no_worse(got, base, exact, floor=floor(exact))
 
 
 @few

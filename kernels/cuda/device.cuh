@@ -1,0 +1,61 @@
+// What the kernels share: launching, sums over a warp, and bfloat16 as 16 bits. Nothing but CUDA's own built-ins, so that
+// a test can compile the kernels as host C++ with threads of its own (tests/csrc/emulate.h).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "formulas.cuh"
+
+namespace mmrlhf::cuda {
+
+#if !defined(MMRLHF_EMULATE)
+template <typename... Parameters, typename... Arguments>
+cudaError_t start(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cudaStream_t stream,
+                  Arguments... arguments) {
+  kernel<<<grid, threads, 0, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+#endif
+
+constexpr int kWarpSize = 32;
+constexpr int64_t kMostBlocks = 2147483647;  // the grid's first dimension; the others end at 65535
+constexpr int64_t kMostBlocksBeside = 65535;
+
+inline int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
+
+// Sum over the lanes of a warp, the same in every lane: x + y and y + x round alike. All 32 lanes must come.
+template <typename T>
+__device__ __forceinline__ T lane_sum(T value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  return value;
+}
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+MMRLHF_HD float to_float(float value) { return value; }
+MMRLHF_HD float to_float(Bfloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+
+// Two bfloat16, `low` in the lower half, rounded to nearest, ties to even.
+MMRLHF_HD uint32_t bfloat16_pair(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  const auto rounded = [](float value) {
+    const uint32_t bits = bits_of(value);
+    if (value != value) return (bits >> 16) | 0x40u;  // a NaN stays one
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  };
+  return rounded(low) | (rounded(high) << 16);
+#endif
+}
+
+inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+}  // namespace mmrlhf::cuda

@@ -1,0 +1,241 @@
+"""On a CUDA device: the cuda backend against float64, each of its two ways to the exponentials, and its loss kernel.
+
+The grids are those of test_device.py. Its kernels' arithmetic and indices are held on the host by
+tests/csrc/test_cuda_emulated.py; here it is the device's compiler, its memory and its streams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mmrlhf.ops import LOSS_KINDS, backend, fused_preference_loss, linear_logp, reference
+from mmrlhf.ops.loss_kinds import LOSSES
+from mmrlhf.ops.streaming import Head
+from numerics import HeadProblem, assert_no_worse, plain_logp
+
+_C = pytest.importorskip("mmrlhf._C", reason="the extension is not built")
+from mmrlhf.ops import _cuda, _cuda_passes  # noqa: E402  (import the extension)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (torch.cuda.is_available() and _C.build_info()["cuda"]), reason="needs a CUDA device and a build for it"
+    ),
+]
+
+
+@pytest.fixture(params=["hopper", "epilogue"])
+def way(request, monkeypatch):
+    """How E is made. The Hopper GEMM is taken where it is built and fits; the other way is forced."""
+    if request.param == "hopper":
+        if not _cuda_passes._hopper(torch.cuda.current_device()):
+            pytest.skip("no Hopper GEMM in this build, or another device")
+    else:
+        monkeypatch.setattr(_cuda, "hopper_plan", lambda head, hidden: None)
+        monkeypatch.setattr(_cuda_passes, "hopper_plan", lambda head, hidden: None)
+    return request.param
+
+
+def on_device(n, h, v, dtype=torch.bfloat16, **options):
+    problem = HeadProblem.random(n, h, v, dtype=dtype, **options)
+    for name in ("hidden", "weight", "targets", "bias"):
+        value = getattr(problem, name)
+        setattr(problem, name, None if value is None else value.cuda())
+    return problem
+
+
+def head_of(problem):
+    return Head(problem.weight, problem.bias, problem.options.get("logit_scale", 1.0), problem.options.get("softcap"))
+
+
+def both(problem):
+    arguments = {"bias": problem.bias, **problem.options}
+    doubles = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    truth = reference.linear_logp(problem.hidden.double(), problem.weight.double(), problem.targets, **doubles)
+    return truth, plain_logp(problem.hidden, problem.weight, problem.targets, **arguments)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"softcap": 30.0, "bias": True}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "v"),
+    [(torch.bfloat16, 32001), (torch.bfloat16, 50257), (torch.bfloat16, 151646), (torch.float32, 32001)],
+    ids=str,
+)
+@pytest.mark.parametrize("n", [33, 1000])
+def test_logp(way, dtype, n, v, options):
+    problem = on_device(n, 512, v, dtype, **options)
+    truth, baseline = both(problem)
+    rows, _ = _cuda.forward(head_of(problem), problem.hidden, problem.targets)
+    assert_no_worse(rows.logp(), baseline, truth, name="logp")
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("options", [{"bias": True}, {"softcap": 30.0, "bias": True, "logit_scale": 1.2}], ids=str)
+@pytest.mark.parametrize("width", [512, 333])
+def test_every_gradient(way, options, keep, width):
+    problem = on_device(300, width, 32001, **options)
+    upstream = torch.randn(300, device="cuda")
+    expected = []
+    for dtype, how in ((torch.float64, reference.linear_logp), (torch.bfloat16, plain_logp)):
+        leaves = problem.leaves(dtype)
+        logp = how(targets=problem.targets, **leaves, **problem.options)
+        expected.append(torch.autograd.grad((logp * upstream.to(logp.dtype)).sum(), list(leaves.values())))
+    head = head_of(problem)
+    kept = _cuda.Kept.empty(300, head) if keep else None
+    rows, unit = _cuda.forward(head, problem.hidden, problem.targets, unit=True, keep=kept)
+    weight, bias = torch.empty_like(problem.weight), torch.empty_like(problem.bias.float())
+    _cuda.weight_grad(head, problem.hidden, rows, upstream, grad_weight=weight, grad_bias=bias, keep=kept)
+    grads = (unit * upstream[:, None], weight, bias)
+    for name, ours, truth, baseline in zip(("hidden", "weight", "bias"), grads, *expected, strict=True):
+        assert_no_worse(ours.bfloat16(), baseline, truth, name=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_public_ops_when_asked_for(dtype):
+    """backend="cuda" through autograd, a frozen and a trained head, and what the choice says."""
+    problem = on_device(40, 64, 3001, dtype, bias=True)
+    with backend.use_backend("cuda"):
+        assert backend.choose("linear_logp", problem.hidden).name == "cuda"
+    expected = []
+    for kind, how in ((torch.float64, reference.linear_logp), (dtype, plain_logp)):
+        leaves = problem.leaves(kind)
+        logp = how(targets=problem.targets, **leaves)
+        expected.append((logp, torch.autograd.grad(logp.sum(), list(leaves.values()))))
+    for budget in (0, 1 << 30):
+        leaves = problem.leaves()
+        logp = linear_logp(targets=problem.targets, **leaves, backend="cuda", memory_budget=budget)
+        grads = torch.autograd.grad(logp.sum(), list(leaves.values()))
+        (truth, true_grads), (baseline, base_grads) = expected
+        assert_no_worse(logp, baseline, truth, name="logp")
+        for name, ours, base, true in zip(leaves, grads, base_grads, true_grads, strict=True):
+            assert_no_worse(ours, base, true, name=name)
+
+
+def test_fused_is_the_composition():
+    problem = on_device(60, 64, 3001)
+    ends, pairs = torch.tensor([0, 20, 45, 60]).cuda(), torch.tensor([[0, 1], [2, 1]]).cuda()
+    settings = {"reference_scores": torch.zeros(3).cuda(), "sft_weight": 0.25, "reduction": "mean"}
+    leaves, again = problem.leaves(), problem.leaves()
+    fused = fused_preference_loss(
+        targets=problem.targets, cu_seqlens=ends, pairs=pairs, **leaves, **settings, backend="cuda"
+    )
+    fused.loss.backward()
+    logp = linear_logp(targets=problem.targets, **again, backend="cuda")
+    composed = reference.Objective(ends, pairs, **settings)(logp)
+    composed.loss.backward()
+    assert torch.allclose(fused.loss, composed.loss, rtol=1e-6)
+    for name in leaves:
+        assert torch.allclose(leaves[name].grad.float(), again[name].grad.float(), rtol=0.02, atol=1e-5), name
+
+
+def test_rows_far_below_are_run_again(way):
+    problem = on_device(50, 64, 3001, bias=True)
+    problem.hidden[::7] *= 200
+    z = problem.hidden.float() @ problem.weight.float().T + problem.bias.float()
+    problem.targets[::7] = z.argmin(1)[::7]
+    truth, baseline = both(problem)
+    rows, _ = _cuda.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    assert rows.redone is not None
+    assert_no_worse(rows.logp(), baseline, truth, name="logp")
+
+
+def test_a_nonfinite_row_stays_its_own(way):
+    problem = on_device(50, 64, 3001)
+    clean, unit = _cuda.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    problem.hidden[7, 3] = float("nan")
+    rows, lost = _cuda.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    others = torch.arange(50, device="cuda") != 7
+    assert rows.logp()[7].isnan()
+    assert torch.equal(rows.logp()[others], clean.logp()[others])
+    assert torch.equal(lost[others], unit[others])
+
+
+def test_offsets_beyond_32_bits(way):
+    """15,000 rows of 151,646 exponentials kept: 2.3e9 of them. The last rows equal those rows alone."""
+    problem = on_device(15_000, 128, 151646)
+    head = head_of(problem)
+    kept = _cuda.Kept.empty(15_000, head)
+    rows, _ = _cuda.forward(head, problem.hidden, problem.targets, keep=kept)
+    last = slice(14_900, 15_000)
+    alone, _ = _cuda.forward(head, problem.hidden[last].clone(), problem.targets[last].clone())
+    assert torch.allclose(rows.logp()[last], alone.logp(), rtol=1e-5)
+    total = kept.matrix[-1].float().sum()
+    assert torch.allclose(total, torch.zeros((), device="cuda"), atol=0.02 * float(rows.rest[-1]))
+
+
+def objective(kind, groups=16):
+    """Groups of 4 responses of 0 to 299 tokens, all pairs, and logp."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 300, (4 * groups,), generator=g)
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    logp, weight = -torch.rand(int(ends[-1]), generator=g), torch.rand(int(ends[-1]), generator=g)
+    pairs = torch.tensor([(4 * q + i, 4 * q + j) for q in range(groups) for i in range(4) for j in range(i + 1, 4)])
+    return reference.Objective(
+        ends.cuda(),
+        pairs.cuda(),
+        token_weight=weight.cuda(),
+        reduction="mean",
+        reference_scores=torch.randn(4 * groups, generator=g).cuda() if LOSSES[kind].reference else None,
+        beta=0.1,
+        kind=kind,
+        label_smoothing=1e-2 if kind == "exo_pair" else 0.0,
+        sft_weight=0.25,
+    ), logp.cuda()
+
+
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_loss_kernel(kind):
+    o, logp = objective(kind)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = logp.to(dtype).requires_grad_()
+        result = o(leaf)
+        results.append((result.loss, torch.autograd.grad(result.loss, leaf)[0]))
+    (truth, coef), (baseline, base_coef) = results
+    first, again = _cuda.objective(o, logp), _cuda.objective(o, logp)
+    assert_no_worse(first[0].loss, baseline, truth, name="loss")
+    assert_no_worse(first[1], base_coef, coef, name="d loss / d logp")
+    assert torch.equal(first[1], again[1])
+
+
+def test_loss_kernel_never_waits_and_a_graph_holds_it():
+    """No wait for the device, and a captured launch computes from new values of its inputs."""
+    o, logp = objective("bco_pair")
+    o = dataclasses.replace(o, num_pairs=torch.tensor(96.0, device="cuda"))
+    wanted, _ = _cuda.objective(o, logp), torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _cuda.objective(o, logp)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    static, graph = torch.zeros_like(logp), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result, coef = _cuda.objective(o, static)
+    static.copy_(logp)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(result.loss, wanted[0].loss)
+    assert torch.equal(coef, wanted[1])
+
+
+def test_another_stream_is_used():
+    """The launch goes to torch's current stream: behind what that stream does, not beside it."""
+    o, logp = objective("sigmoid")
+    wanted, stream, late = _cuda.objective(o, logp), torch.cuda.Stream(), torch.zeros_like(logp)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(logp)
+        found = _cuda.objective(o, late)
+    stream.synchronize()
+    assert torch.equal(found[1], wanted[1])
+
+
+def test_a_cpu_tensor_is_refused_with_the_reason():
+    with pytest.raises(RuntimeError, match=r"'cuda' was asked for .*its tensors must be on a CUDA device, not cpu"):
+        backend.choose("linear_logp", torch.zeros(2, 3), requested="cuda")
+    with pytest.raises(RuntimeError, match=r"it takes float32 and bfloat16, not float16"):
+        backend.choose("linear_logp", torch.zeros(2, 3, dtype=torch.float16, device="cuda"), requested="cuda")
