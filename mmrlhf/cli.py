@@ -157,6 +157,8 @@ def _train(arguments: argparse.Namespace) -> int:
         print(plan(settings).text())
         return 0
     folder = train(settings)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
+        return 0
     print(f"the model lies in {folder / 'model'}")
     if settings.report:
         from mmrlhf.report import write_report

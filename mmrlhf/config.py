@@ -56,6 +56,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     share_prefix: bool = True  # one pass over a prompt for all its responses
     self_check: bool = True  # first batch against separate rows
+    liger: bool = False  # Liger's kernels for norms, MLP and rotary embedding; CUDA only
 
     def __post_init__(self):
         _one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -97,6 +98,8 @@ class DataConfig:
     gamma: float = 1.0  # weight of a token in a corrected segment
     video_frames: int = 8
     workers: int = 0
+    vision_cache: str | None = None  # folder: features of a frozen tower are kept there and computed once an image
+    vision_cache_bytes: int = 64 * 2**30  # at most so much of it on the disk
 
     def __post_init__(self):
         _one_of("data.pairs", self.pairs, ("all", "adjacent", "best_vs_rest"))
@@ -112,6 +115,8 @@ class DataConfig:
         )
         _require(self.video_frames > 0, "data.video_frames", self.video_frames, "positive")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        _require(self.vision_cache != "", "data.vision_cache", self.vision_cache, "a folder or null")
+        _require(self.vision_cache_bytes > 0, "data.vision_cache_bytes", self.vision_cache_bytes, "positive")
 
 
 @dataclass(frozen=True)

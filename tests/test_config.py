@@ -21,10 +21,10 @@ FIELDS = {
     "resume resume_changed log_every samples sample_tokens reference_cache trackers report max_bad_steps model lora "
     "data loss optim",
     "model": "path revision trust_remote_code dtype freeze_vision freeze_projector freeze_lm_head "
-    "gradient_checkpointing share_prefix self_check",
+    "gradient_checkpointing share_prefix self_check liger",
     "lora": "enabled r alpha dropout targets",
     "data": "path format root pairs on_bad_row max_bad_rows max_group_tokens max_image_pixels segments gamma "
-    "video_frames workers",
+    "video_frames workers vision_cache vision_cache_bytes",
     "loss": "kind beta beta_mode w k reduction label_smoothing sft_weight",
     "optim": "lr betas eps weight_decay warmup final_lr clip",
 }
@@ -61,6 +61,7 @@ def test_loss_kinds_are_those_of_the_ops():
         ("data.segments=both", "data.segments must be one of paper, muffin, got 'both'"),
         ("data.gamma=nan", "data.gamma must be finite and positive, got nan"),
         ("data.workers=-1", "data.workers must be 0 or more, got -1"),
+        ("data.vision_cache_bytes=0", "data.vision_cache_bytes must be positive, got 0"),
         ("loss.kind=dpo", "loss.kind must be one of sigmoid, "),
         ("loss.beta=0", "loss.beta must be finite and positive, got 0.0"),
         ("loss.beta_mode=auto", "loss.beta_mode must be one of fixed, margin, implicit, got 'auto'"),

@@ -55,6 +55,7 @@ class PreferenceDataset:
         self._vision: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._vision_bytes = 0
         self._hashes: dict[int, str] = {}
+        self._vision_hashes: dict[int, str] = {}
         seen: set[str] = set()
         total = 0
         for group in groups:
@@ -86,19 +87,18 @@ class PreferenceDataset:
         if not -len(self) <= index < len(self):
             raise IndexError(f"group {index} of {len(self)}")
         index %= len(self)
-        text = self._text[index]
         vision = self._vision.get(index)
         if vision is None:
-            vision = self.encoder.vision(self.groups[index]) if text.images else {}
+            vision = self.encoder.vision(self.groups[index]) if self._text[index].images else {}
             self._keep_vision(index, vision)
         else:
             self._vision.move_to_end(index)
-        return replace(
-            text,
-            prefix_ids=text.prefix_ids.long(),
-            response_ids=tuple(r.long() for r in text.response_ids),
-            vision=vision,
-        )
+        return replace(self.text(index), vision=vision)
+
+    def text(self, index: int) -> EncodedGroup:
+        """Group `index` without its pixels: opens no file and runs no processor."""
+        text = self._text[index]
+        return replace(text, prefix_ids=text.prefix_ids.long(), response_ids=tuple(r.long() for r in text.response_ids))
 
     @property
     def lengths(self) -> list[int]:
@@ -122,6 +122,12 @@ class PreferenceDataset:
         if index not in self._hashes:
             self._hashes[index] = self.encoder.row_hash(self.groups[index])
         return self._hashes[index]
+
+    def vision_hash(self, index: int) -> str:
+        """Changes when the group's pictures change, or any setting that turns them into pixels; not with its texts."""
+        if index not in self._vision_hashes:
+            self._vision_hashes[index] = self.encoder.vision_hash(self.groups[index])
+        return self._vision_hashes[index]
 
     def _keep_vision(self, index: int, vision: dict[str, Tensor]) -> None:
         size = _bytes(vision)

@@ -252,12 +252,16 @@ class Encoder:
         tokenizer = self.chat.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         parts: dict[str, Any] = {
-            "processor": type(self.processor).__name__,
             "template": self.chat.template,
             "tokenizer": backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
             "settings": [self.pairs, self.segments, self.gamma, self.max_image_pixels, self.video_frames],
-            "videos": self.video_mode,
+            **self._pixel_settings(),
         }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _pixel_settings(self) -> dict[str, Any]:
+        """What turns pictures into pixels."""
+        parts: dict[str, Any] = {"processor": type(self.processor).__name__, "videos": self.video_mode}
         for name in ("image_processor", "video_processor"):
             part = getattr(self.processor, name, None)
             if part is not None:  # the class names the backend: PIL and torchvision give different pixels
@@ -265,18 +269,32 @@ class Encoder:
                 parts[name] = [type(part).__name__, state]
         plain = {k: v for k, v in vars(self.processor).items() if isinstance(v, (int, float, str, bool))}
         parts["processor settings"] = plain
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return parts
+
+    def vision_hash(self, group: PreferenceGroup) -> str:
+        """Hash of a group's pictures, in order, and of what turns them into pixels; opens its files.
+
+        Two prompts about the same pictures have the same one.
+        """
+        order = [part.type for message in group.prompt for part in message.content if part.type != "text"]
+        settings = {**self._pixel_settings(), "video_frames": self.video_frames, "order": order}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        self._add_media(digest, group)
+        return digest.hexdigest()
 
     def row_hash(self, group: PreferenceGroup) -> str:
         """Hash of a group's texts and preferences, its image bytes, and these settings; opens its files."""
         digest = hashlib.sha256(self.fingerprint.encode())
         content = [group.id, group.prompt, group.responses, group.preference_pairs(self.pairs)]
         digest.update(repr(content).encode("utf-8", "surrogatepass"))
+        self._add_media(digest, group)
+        return digest.hexdigest()
+
+    def _add_media(self, digest: Any, group: PreferenceGroup) -> None:
         for ref in group.images:
             digest.update(hashlib.sha256(image_bytes(ref, self.root, source=group.source)).digest())
         for video in group.videos:
             digest.update(_video_digest(video.path, self.root, group.source))
-        return digest.hexdigest()
 
 
 def _video_digest(path: str, root: Path, source: str) -> bytes:

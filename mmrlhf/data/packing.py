@@ -28,14 +28,14 @@ def plan_epoch(
         raise ValueError("lengths must be positive")
     order = sorted(range(len(lengths)), key=lambda index: _ticket(seed, epoch, index))
     steps = [order[at : at + groups_per_step] for at in range(0, len(order), groups_per_step)]
-    return [_pack(step, lengths, tokens_per_batch) for step in steps]
+    return [pack(step, lengths, tokens_per_batch) for step in steps]
 
 
 def _ticket(seed: int, epoch: int, index: int) -> bytes:
     return hashlib.blake2b(f"{seed}:{epoch}:{index}".encode(), digest_size=16).digest()
 
 
-def _pack(indices: Sequence[int], lengths: Sequence[int], tokens_per_batch: int) -> Step:
+def pack(indices: Sequence[int], lengths: Sequence[int], tokens_per_batch: int) -> Step:
     """First-fit decreasing: within 11/9 of the fewest micro-batches possible."""
     batches: Step = []
     room: list[int] = []
@@ -48,6 +48,18 @@ def _pack(indices: Sequence[int], lengths: Sequence[int], tokens_per_batch: int)
             batches[fit].append(index)
             room[fit] -= lengths[index]
     return batches
+
+
+def deal(indices: Sequence[int], lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """The groups of a step for each of `hands` processes, so that the longest hand is short: the longest group left
+    goes to the process with the fewest tokens, which is within 4/3 of the best. A hand may be empty."""
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    tokens = [0] * hands
+    for index in sorted(indices, key=lambda i: -lengths[i]):  # stable, so a pure function of its arguments
+        lightest = tokens.index(min(tokens))
+        dealt[lightest].append(index)
+        tokens[lightest] += lengths[index]
+    return dealt
 
 
 def over_budget(lengths: Sequence[int], tokens_per_batch: int) -> list[int]:

@@ -7,15 +7,16 @@ in a row of its own. The layout travels as the keyword `mmrlhf_layout` through t
 checkpoint's recompute sees it too; without it (generate, ordinary forwards) the function is transformers' sdpa.
 Where image tokens attend to each other in both directions (`Packing.blocks`), a prefix gets a mask of its own.
 
-CUDA in bf16/fp16: one varlen call for all sequences (`torch.nn.attention.varlen` or flash-attn), each checked against
-a dense mask on its first use. Elsewhere, and with blocks: SDPA a sequence. Not covered: soft-capped scores, sinks.
+CUDA in bf16/fp16: one call for all sequences (`torch.nn.attention.varlen`, flash-attn or flex_attention), each kernel
+checked against SDPA before its first use. Elsewhere, and with blocks: SDPA a sequence. Not covered: soft-capped scores,
+sinks.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -36,10 +37,12 @@ class Packing:
     `lengths`: pieces in order (prefix, its responses, the next prefix, …), summing to T.
     `prefix_of`: for each piece, the index of its prefix piece; a prefix's own index for a prefix.
     `blocks`: [T] int64, tokens of one number >= 0 in one prefix attend to each other in both directions; -1: causal.
+    `rows`: [N'] int64, the rows read after the last layer, where its MLP is to run on no others; see `last_layer`.
     """
 
     def __init__(self, layout: Layout, *, blocks: Tensor | None = None):
         self.blocks = blocks
+        self.rows: Tensor | None = None
         self.lengths: list[int] = []
         self.prefix_of: list[int] = []
         for prefix, responses in zip(layout.prefix_len, layout.response_len, strict=True):
@@ -49,6 +52,13 @@ class Packing:
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
         self._block_masks: dict[tuple[int, int | None], Tensor] = {}
         self._cumulative: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[Hashable, Any] = {}
+
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What a kernel derives from the layout: made for the first layer, there for the others."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     @property
     def key_lengths(self) -> list[int]:
@@ -158,7 +168,7 @@ def packed_attention(
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> tuple[str, str]:
-    """(name, reason) of what `packed_attention` takes: "varlen_attn", "flash_attn" or "sdpa"."""
+    """(name, reason) of what `packed_attention` takes: "varlen_attn", "flash_attn", "flex_attention" or "sdpa"."""
     return _choose(device.type, device.index, dtype, head_dim, head_dim, False)[1:]
 
 

@@ -97,7 +97,8 @@ def _count(model: nn.Module, layout: Layout) -> Activations:
     shapes: list[tuple[int, int]] = [(1, tokens)]
     inputs: dict[str, Any] = {}
     if shared_prefix.can_share(model)[0]:
-        inputs = shared_prefix.packed_inputs(model, torch.zeros(tokens, dtype=torch.int64), layout)
+        ids = torch.zeros(tokens, dtype=torch.int64)
+        inputs = shared_prefix.packed_inputs(model, ids, layout, scored_only=True)
     else:
         rows = zip(layout.prefix_len, layout.response_len, strict=True)
         shapes = [(len(responses), prefix + max(responses)) for prefix, responses in rows]

@@ -25,6 +25,22 @@ class Head:
     bias: Tensor | None  # [V]
     logit_scale: float  # factor on weight @ h
     softcap: float | None  # z -> softcap * tanh(z / softcap)
+    adapters: tuple[tuple[Tensor, Tensor, float], ...] = ()  # (a [r, H], b [V, r], scale) of each LoRA in force
+
+    def logits(self, hidden: Tensor) -> Tensor:  # [..., H] -> [..., V] float32
+        """The logits themselves, as the model's own forward makes them: for checks and statistics, a few rows each."""
+
+        def linear(rows: Tensor, matrix: Any, dtype: torch.dtype) -> Tensor:
+            whole = matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix  # a DTensor, on every rank
+            return nn.functional.linear(rows.to(dtype), whole.to(dtype))
+
+        products = linear(hidden, self.weight, hidden.dtype)
+        for a, b, scale in self.adapters:
+            products = products + linear(linear(hidden, a, a.dtype), b, b.dtype) * scale
+        logits = products.to(hidden.dtype).float() * self.logit_scale
+        if self.bias is not None:
+            logits = logits + self.bias.float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def base_model(model: Any) -> Any:
@@ -96,9 +112,10 @@ def vision_parameters(model: nn.Module, *, projector: bool = True) -> list[nn.Pa
 def lm_head(model: nn.Module) -> Head:
     """The output layer, as the tensors and numbers the ops take.
 
-    Tied heads give the embedding's own parameter. A LoRA on lm_head (not PEFT's `modules_to_save`, which is a plain
-    layer), a quantised head and an unknown kind of layer raise ValueError: computing with their bare weight would be
-    silently wrong. `shared_prefix.self_check` compares the result with the model's own logits.
+    Tied heads give the embedding's own parameter, PEFT's `modules_to_save` the copy that is trained, a LoRA the base
+    layer's tensors and the factors of the adapters that are active now. An adapter that is no plain LoRA, a quantised
+    head and an unknown kind of layer raise ValueError: computing with what can be read of them would be silently wrong.
+    `shared_prefix.self_check` compares the result with the model's own logits.
     """
     whole = base_model(model)
     layer = whole.get_output_embeddings()
@@ -106,14 +123,13 @@ def lm_head(model: nn.Module) -> Head:
         raise ValueError(f"{type(whole).__name__} has no lm_head (get_output_embeddings() is None)")
     if hasattr(layer, "modules_to_save") and hasattr(layer, "active_adapter"):
         layer = layer.modules_to_save[layer.active_adapter]
+    adapters: tuple[tuple[Tensor, Tensor, float], ...] = ()
     if hasattr(layer, "base_layer"):
-        raise ValueError(
-            f"lm_head carries an adapter ({type(layer).__name__}), which the fused loss cannot see; "
-            "leave lm_head out of lora.target_modules, or train it whole through modules_to_save"
-        )
+        layer, adapters = layer.base_layer, _lora_factors(layer)
     weight: Any = getattr(layer, "weight", None)
     plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
-    if type(layer) is not nn.Linear or not plain:
+    sharded = hasattr(layer, "unshard") and nn.Linear in type(layer).__bases__  # `fully_shard` derives its own class
+    if not plain or not (type(layer) is nn.Linear or sharded):
         dtype = getattr(weight, "dtype", None)
         raise ValueError(
             f"lm_head is a {type(layer).__module__}.{type(layer).__name__} with weight {dtype}: a quantised or custom "
@@ -121,7 +137,37 @@ def lm_head(model: nn.Module) -> Head:
             'llm_int8_skip_modules=["lm_head"])'
         )
     scale, softcap = _logit_options(whole)
-    return Head(weight=weight, bias=getattr(layer, "bias", None), logit_scale=scale, softcap=softcap)
+    return Head(weight, getattr(layer, "bias", None), scale, softcap, adapters)
+
+
+def _lora_factors(layer: Any) -> tuple[tuple[Tensor, Tensor, float], ...]:
+    """(a, b, scale) of each adapter that `peft.tuners.lora.Linear.forward` would add now; none where they are merged
+    into the base layer or switched off. ValueError for what is more than that: the message says what."""
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    refusal = f"lm_head carries an adapter ({kind}) that the loss cannot see"
+    if kind != "peft.tuners.lora.layer.Linear":
+        raise ValueError(f"{refusal}: only a plain LoRA on a plain linear layer; leave lm_head out of its targets")
+    if layer.disable_adapters or layer.merged:
+        if layer.disable_adapters and layer.merged:
+            raise ValueError(f"{refusal}: it is merged into the weight and switched off at once; unmerge it first")
+        return ()
+    found = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if name in layer.lora_variant or layer.use_dora.get(name):
+            raise ValueError(f"{refusal}: {name!r} is DoRA or another variant of LoRA; use plain LoRA there")
+        if layer.lora_B[name].bias is not None:
+            raise ValueError(f"{refusal}: {name!r} has a bias of its own (lora_bias); set it to false")
+        trained = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+        if trained and getattr(layer.lora_dropout[name], "p", 0) > 0:
+            raise ValueError(
+                f"{refusal}: {name!r} is trained with a dropout of {layer.lora_dropout[name].p} before it; set "
+                "lora_dropout to 0, or leave lm_head out of its targets"
+            )
+        found.append((a, b, float(layer.scaling[name])))
+    return tuple(found)
 
 
 def _logit_options(whole: Any) -> tuple[float, float | None]:

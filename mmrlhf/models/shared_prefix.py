@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrlhf.batch import GroupBatch, Layout, cumulative, layout_of, score_rows, text_positions
-from mmrlhf.models import attention
+from mmrlhf.models import attention, last_layer
 from mmrlhf.models.parts import (
     base_model,
     image_token_ids,
@@ -166,7 +166,7 @@ def _packed(
 ) -> Tensor:
     """[N, H] from one row."""
     module, inputs = decoder_inputs(model, input_ids[None], vision)
-    inputs |= packed_inputs(model, input_ids, layout, positions)
+    inputs |= packed_inputs(model, input_ids, layout, positions, scored_only=True)
     hidden = module(**inputs, use_cache=False).last_hidden_state[0]  # [T, H]
     return hidden[score_rows(layout).to(hidden.device, non_blocking=True)]
 
@@ -176,8 +176,12 @@ def packed_inputs(
     input_ids: Tensor,  # [T]
     layout: Layout,
     positions: Tensor | None = None,  # [1 or 3, T]; plain ones where there are none
+    *,
+    scored_only: bool = False,
 ) -> dict[str, Any]:
     """What a packed row's forward takes besides ids or embeddings: positions, layout, and a mask nobody reads.
+
+    With `scored_only`, rows that predict no response token miss the last layer's MLP, and must not be read.
 
     A 4-D mask is passed on untouched: without one, transformers would build a T x T mask, and would take positions that
     restart for packed documents, cutting responses off from their prefix.
@@ -190,10 +194,13 @@ def packed_inputs(
     blocks = image_blocks(model, input_ids)
     # Where there are blocks the model would make masks by layer type; a dict says that they are made already.
     types = ("full_attention", "sliding_attention")
+    packing = attention.Packing(layout, blocks=blocks)
+    if scored_only and last_layer.install(model):
+        packing.rows = last_layer.read_rows(layout, input_ids.device)
     return {
         "attention_mask": untouched if blocks is None else dict.fromkeys(types, untouched),
         "position_ids": positions[:, None] if positions.shape[0] == 3 else positions,
-        attention.KEYWORD: attention.Packing(layout, blocks=blocks),
+        attention.KEYWORD: packing,
     }
 
 
@@ -257,7 +264,7 @@ def _features_of(
     if not vision.items() or groups == list(range(len(layout.prefix_len))):
         return vision
     ids = image_token_ids(inner_model(model).config)
-    found = {}
+    found: dict[str, Any] = {}
     for kind, encoded in vision.items():
         is_placeholder = (batch.input_ids == ids[kind]).cpu()
         counts = [
@@ -338,13 +345,8 @@ def _head_error(model: nn.Module, batch: GroupBatch) -> float:
     head = lm_head(model)
     ids = batch.targets[None, :8]
     hidden = inner_model(model)(input_ids=ids, use_cache=False).last_hidden_state
-    logits = head.logit_scale * torch.nn.functional.linear(hidden, head.weight).float()
-    if head.bias is not None:
-        logits = logits + head.bias.float()
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
     want = whole(input_ids=ids, use_cache=False).logits.float()
-    return ((logits - want).norm() / want.norm()).item()
+    return ((head.logits(hidden) - want).norm() / want.norm()).item()
 
 
 def _tell(model: nn.Module, shared: bool, wanted: bool, reason: str) -> None:

@@ -5,13 +5,18 @@ features, a row a placeholder token, in the order of the tokens. The decoder get
 (transformers >= 5.18) or scattered into the embeddings (older). A frozen tower runs under no_grad and its features
 serve the policy, the reference and every response; a trained one runs with gradients, once a batch.
 
-Inputs are the processor's tensors joined along dim 0 and zero-padded in the others (`GroupBatch.vision`). Not covered:
-cross-attention models (Mllama), whose images are not placeholder tokens.
+Inputs are the processor's tensors joined along dim 0 and zero-padded in the others (`GroupBatch.vision`), or each
+prompt's kept to themselves (`apart`): then a prompt's features do not depend on what shares its batch, to the last
+bit, and some of them may have been computed before. The prompt is the unit, not the image, because LLaVA-OneVision
+cuts tiles by how many images a prompt has. Not covered: cross-attention models (Mllama), whose images are not
+placeholder tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from mmrlhf.batch import GroupBatch
+from mmrlhf.models import dummy
 from mmrlhf.models.parts import decoder, image_token_ids, inner_model, vision_parameters
 
-_POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")  # read by get_rope_index as well
+POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")  # read by get_rope_index as well
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids", "attention_mask")  # recomputed from input_ids where needed
+_KINDS = {"image": ("get_image_features", "pixel_values"), "video": ("get_video_features", "pixel_values_videos")}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class VisionFeatures:
 
     image: Encoded | None = None
     video: Encoded | None = None
+    touch: Tensor | None = None  # [] a zero that depends on the tower, of a batch without pictures; see `dummy`
 
     def items(self) -> list[tuple[str, Encoded]]:
         """(kind, features) of the kinds that are there."""
@@ -74,52 +82,147 @@ def is_trained(model: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in vision_parameters(model))
 
 
-def encode(model: nn.Module, batch: GroupBatch, *, grad: bool = False) -> VisionFeatures:
+def apart(prompts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`GroupBatch.vision` in which each prompt's tensors are its own: the processor's outputs, or `pack`ed features.
+
+    One mapping a group, in order, empty for one of text. The caller adds what positions are read from
+    (`POSITION_INPUTS`) joined for the whole batch, as `collate` does.
+    """
+    return {f"prompt{n}/{name}": tensor for n, prompt in enumerate(prompts) for name, tensor in prompt.items()}
+
+
+def pack(features: VisionFeatures) -> dict[str, Tensor]:
+    """Features as named tensors on the CPU: "image/list/0" are the tokens, 1, 2, … the deepstack layers."""
+    return {
+        f"{kind}/{'list' if encoded.as_list else 'one'}/{layer}": rows.detach().cpu()
+        for kind, encoded in features.items()
+        for layer, rows in enumerate((encoded.tokens, *encoded.deepstack))
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> VisionFeatures:
+    """What `pack` was given."""
+    found: dict[str, dict[int, Tensor]] = {}
+    as_list: dict[str, bool] = {}
+    for name, rows in tensors.items():
+        kind, form, layer = name.split("/")
+        found.setdefault(kind, {})[int(layer)] = rows
+        as_list[kind] = form == "list"
+    made: dict[str, Any] = {
+        kind: Encoded(layers[0], tuple(layers[n] for n in range(1, len(layers))), as_list[kind])
+        for kind, layers in found.items()
+    }
+    return VisionFeatures(**made)
+
+
+def encode(
+    model: nn.Module,
+    batch: GroupBatch,
+    *,
+    grad: bool = False,
+    computed: Callable[[int, VisionFeatures], None] | None = None,
+    touch: Sequence[str] | None = None,
+) -> VisionFeatures:
     """Features of every image and video of a batch, each encoded once.
 
     Without `grad` they carry no gradient, and may be given to `response_hidden` for any model with the same frozen
-    tower, any number of times. Raises ValueError if the batch has vision inputs the model does not take, or features
-    and placeholder tokens do not match in number.
+    tower, any number of times. `computed` is told the number of each prompt of an `apart` batch that went through the
+    tower, and its features. `touch`: kinds ("image", "video") that run through the tower in any case, on a dummy where
+    the batch has none, so that all ranks do the same collectives; None: "image" for a batch without pictures, where
+    `dummy.needed` says so. Raises ValueError if the batch has vision inputs the model does not take, or features and
+    placeholder tokens do not match in number.
     """
     inputs = {key: value for key, value in batch.vision.items() if key not in PER_TOKEN}
+    inner = inner_model(model)
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        if any(key.startswith("prompt") for key in inputs):
+            features = _encode_apart(inner, inputs, computed)
+        else:
+            features = _run(inner, inputs)
+        _check_counts(model, batch, features)
+        if touch is None:
+            touch = ("image",) if not features.items() and dummy.needed(model) else ()
+        missing = [kind for kind in touch if getattr(features, kind) is None]
+        if missing:
+            features = dataclasses.replace(features, touch=_touch(inner, missing))
+    return features
+
+
+def _encode_apart(
+    inner: Any, inputs: Mapping[str, Tensor], computed: Callable[[int, VisionFeatures], None] | None
+) -> VisionFeatures:
+    """Each prompt by itself, or from what was computed before."""
+    prompts: dict[int, dict[str, Tensor]] = {}
+    for key, value in inputs.items():
+        number, _, name = key.partition("/")
+        if name:
+            prompts.setdefault(int(number.removeprefix("prompt")), {})[name] = value
+    found = []
+    for prompt, tensors in sorted(prompts.items()):
+        if any("/" in name for name in tensors):
+            found.append(unpack(tensors))
+            continue
+        found.append(_run(inner, tensors))
+        if computed is not None:
+            computed(prompt, found[-1])
+    return _join(found)
+
+
+def _join(found: Iterable[VisionFeatures]) -> VisionFeatures:
+    """Features of prompts, in order, as those of their batch."""
+    joined: dict[str, Any] = {}
+    for kind in _KINDS:
+        pieces = [getattr(features, kind) for features in found if getattr(features, kind) is not None]
+        if pieces:
+            deepstack = tuple(torch.cat(layer) for layer in zip(*(piece.deepstack for piece in pieces), strict=True))
+            joined[kind] = Encoded(torch.cat([piece.tokens for piece in pieces]), deepstack, pieces[0].as_list)
+    return VisionFeatures(**joined)
+
+
+def _run(inner: Any, inputs: Mapping[str, Tensor]) -> VisionFeatures:
+    """Processor outputs through the tower and all that lies between it and the decoder."""
     if not inputs:
         return VisionFeatures()
-    inner = inner_model(model)
     pooled = sorted(key for key in inputs if key.endswith("_token_pooling"))
     if pooled:
         raise ValueError(
             f"the batch's {pooled[0]} numbers the patches of one processor call, which joined prompts would mix up: "
             f"{type(inner).__name__} (Molmo 2) is not supported"
         )
-    kinds = {"image": ("get_image_features", "pixel_values"), "video": ("get_video_features", "pixel_values_videos")}
-    found: dict[str, Encoded] = {}
-    used = set(_POSITION_INPUTS)
-    with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        for kind, (method, pixels) in kinds.items():
-            if pixels not in inputs:
-                continue
-            function = getattr(inner, method, None)
-            if function is None:
-                raise ValueError(
-                    f"the batch has {pixels}, but {type(inner).__name__} has no {method}: it takes no {kind}s, or "
-                    "takes them by cross-attention, which is not supported"
-                )
-            known = set(inspect.signature(function).parameters)
-            if "kwargs" in known and kind == "image":  # older Llava hands Pixtral's sizes on without naming them
-                known |= {"image_sizes"} & set(inspect.signature(inner.forward).parameters)
-            arguments = {key: value for key, value in inputs.items() if key in known}
-            used |= set(arguments)
-            arguments[pixels] = _as_parameters(arguments[pixels], inner)
-            found[kind] = _flatten(function(**arguments, return_dict=True))
+    found: dict[str, Any] = {}
+    used = set(POSITION_INPUTS)
+    for kind, (method, pixels) in _KINDS.items():
+        if pixels not in inputs:
+            continue
+        function = getattr(inner, method, None)
+        if function is None:
+            raise ValueError(
+                f"the batch has {pixels}, but {type(inner).__name__} has no {method}: it takes no {kind}s, or "
+                "takes them by cross-attention, which is not supported"
+            )
+        known = set(inspect.signature(function).parameters)
+        if "kwargs" in known and kind == "image":  # older Llava hands Pixtral's sizes on without naming them
+            known |= {"image_sizes"} & set(inspect.signature(inner.forward).parameters)
+        arguments = {key: value for key, value in inputs.items() if key in known}
+        used |= set(arguments)
+        arguments[pixels] = _as_parameters(arguments[pixels], inner)
+        found[kind] = _flatten(function(**arguments, return_dict=True))
     unused = sorted(set(inputs) - used)
     if unused:
         raise ValueError(
             f"the batch's vision inputs {', '.join(unused)} are not used by {type(inner).__name__}: "
             "processor and model do not belong together"
         )
-    features = VisionFeatures(**found)
-    _check_counts(model, batch, features)
-    return features
+    return VisionFeatures(**found)
+
+
+def _touch(inner: Any, kinds: Sequence[str]) -> Tensor:
+    """[] 0, with a graph through the tower; every feature takes part, so every parameter gets its (zero) gradient."""
+    total = torch.zeros((), device=next(inner.parameters()).device)
+    for _, encoded in _run(inner, dummy.inputs(inner, kinds)).items():
+        for rows in (encoded.tokens, *encoded.deepstack):
+            total = total + torch.nan_to_num(rows.float()).sum()  # its gradient is 0 where a row is not finite
+    return total * 0.0
 
 
 def takes_encoder_outputs(inner: Any) -> bool:
@@ -133,6 +236,8 @@ def decoder_inputs(model: nn.Module, input_ids: Tensor, features: VisionFeatures
     `input_ids` is [B, S]; features are in the order of its placeholder tokens, row by row.
     """
     inner = inner_model(model)
+    if features.touch is not None:  # among the embeddings, where an image's gradient would come from
+        return _scattered(model, input_ids, features)
     if not features.items():
         return inner, {"input_ids": input_ids}
     if takes_encoder_outputs(inner):
@@ -142,9 +247,11 @@ def decoder_inputs(model: nn.Module, input_ids: Tensor, features: VisionFeatures
 
 
 def _scattered(model: nn.Module, input_ids: Tensor, features: VisionFeatures) -> tuple[Any, dict[str, Any]]:
-    """The same for transformers < 5.18: features scattered into the embeddings."""
+    """The same for transformers < 5.18, and with a `touch`: features scattered into the embeddings."""
     inner = inner_model(model)
     embeddings = inner.get_input_embeddings()(input_ids)  # [B, S, H]
+    if features.touch is not None:
+        embeddings = embeddings + features.touch.to(embeddings.dtype)
     ids = image_token_ids(inner.config)
     masks = {kind: input_ids == ids[kind] for kind, _ in features.items()}
     for kind, encoded in features.items():

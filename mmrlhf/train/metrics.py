@@ -9,6 +9,7 @@ and left alone from then on: training never waits for it and never stops because
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -87,6 +88,36 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+
+
+class StepLog:
+    """The file, the trackers and the bar of a run, in the process that writes; nothing in the others."""
+
+    def __init__(
+        self, folder: Path, trackers: Mapping[str, Callable[[], Tracker]], *, done: int, total: int, first: bool
+    ):
+        self._parts = contextlib.ExitStack()
+        self._log = self._bar = None
+        if first:
+            log = MetricsLog(folder / "metrics.jsonl", trackers=trackers, resume_step=done)
+            self._log = self._parts.enter_context(log)
+            self._bar = self._parts.enter_context(ProgressBar(done, total))
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """As `MetricsLog.log`."""
+        if self._log is not None:
+            self._log.log(values)
+
+    def show(self, numbers: Mapping[str, float]) -> None:
+        """As `ProgressBar.show`."""
+        if self._bar is not None:
+            self._bar.show(numbers)
+
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._parts.__exit__(*error)
 
 
 def _finite(value: Any) -> Any:

@@ -21,6 +21,7 @@ from mmrlhf.batch import GroupBatch
 from mmrlhf.config import LossConfig
 from mmrlhf.data.schema import PreferenceGroup
 from mmrlhf.ops.reference import Beta
+from mmrlhf.train.distributed import World
 
 REFERENCE_FREE = ("simpo", "orpo")
 
@@ -81,6 +82,7 @@ class Objective:
             bias=head.bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
+            adapter=[ops.LoraAdapter(*factors) for factors in head.adapters],
             backend=self.backend,
         )
 
@@ -161,13 +163,22 @@ class Tally:
         more = len(self._ids) - most
         return ", ".join(self._ids[:most]) + (f" and {more} more" if more > 0 else "")
 
-    def read(self, grad_norm: Tensor) -> dict[str, float]:
-        """The step's numbers under the names of TRL's log; the one synchronisation of a step."""
-        sums = torch.stack(self._sums).sum(0)
-        lowest = torch.stack(self._extremes).amin(0)
-        values = torch.cat((sums, lowest, grad_norm.detach().double().reshape(1).to(sums.device))).tolist()
+    def read(self, grad_norm: Tensor, world: World | None = None) -> dict[str, float]:
+        """The step's numbers under the names of TRL's log; the one synchronisation of a step.
+
+        With several processes, those of all of them; the counts too, from then on. `grad_norm`: of the whole step.
+        """
+        world, norm = world or World(), grad_norm.detach().double().reshape(1)
+        own = (self.batches, self.tokens, self.scored, self.images)
+        counts = torch.tensor(own, dtype=torch.float64, device=norm.device)
+        sums = torch.stack(self._sums).sum(0).to(norm.device) if self._sums else norm.new_zeros(len(self.SUMS))
+        lowest = norm.new_full((2,), math.inf)
+        if self._extremes:
+            lowest = torch.stack(self._extremes).amin(0).to(norm.device)
+        values = torch.cat((world.sum(torch.cat((sums, counts))), world.minimum(lowest), norm)).tolist()
         total = dict(zip(self.SUMS, values, strict=False))
-        beta_min, beta_max, norm = values[len(self.SUMS) :]
+        *counted, beta_min, beta_max, norm_value = values[len(self.SUMS) :]
+        self.batches, self.tokens, self.scored, self.images = map(int, counted)
         mean = {name: value / self.totals.pairs for name, value in total.items()}
         return {
             "loss": total["loss"],
@@ -181,5 +192,5 @@ class Tally:
             "beta/min": beta_min,
             "beta/max": -beta_max,
             "sft_loss": total["sft"],
-            "grad_norm": norm,
+            "grad_norm": norm_value,
         }

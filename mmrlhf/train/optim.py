@@ -79,7 +79,7 @@ class Optimizer:
         """The 2-norm of all gradients, a 0-d float tensor on their device; clips nothing."""
         gradients = self.gradients()
         if not gradients:
-            return torch.zeros(())
+            return torch.zeros((), device=next(iter(self.stepped.values())).device)
         return torch.nn.utils.get_total_norm(gradients)
 
     def step(self, *, lr: float, grad_norm: float) -> None:

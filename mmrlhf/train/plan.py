@@ -137,7 +137,7 @@ def plan(settings: TrainConfig) -> RunPlan:
 
     Raises ValueError and BadRow for settings and data as `loop.train` does before its first step.
     """
-    setup.single_process()
+    setup.single_process("--plan")
     wanted = settings.model
     if not wanted.path:
         raise ValueError("model.path must name a local folder or a hub id")
@@ -230,10 +230,11 @@ def _memory(model: Any, batch: GroupBatch, *, shared: bool, accumulates: bool) -
     # hidden [N, H] in the model's dtype and, in float32, twice: the unit gradient and the gradient
     head_bytes = rows * width * (head.weight.element_size() + 8)
     exponentials = 0
-    if head.weight.requires_grad:
+    if head.weight.requires_grad or any(b.requires_grad for _, b, _ in head.adapters):
         exponentials = 4 * rows * vocabulary
         if exponentials > MEMORY_BUDGET:  # in chunks of whole groups, or made again
             exponentials = MEMORY_BUDGET
+    if head.weight.requires_grad:
         head_bytes += 4 * vocabulary * width
     return Memory(
         weights=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),

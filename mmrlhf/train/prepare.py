@@ -13,8 +13,9 @@ from typing import Any
 
 from mmrlhf.batch import GroupBatch
 from mmrlhf.config import TrainConfig
-from mmrlhf.data.collate import collate
+from mmrlhf.models import liger
 from mmrlhf.train import resume, setup
+from mmrlhf.train.distributed import World
 from mmrlhf.train.objective import Objective
 from mmrlhf.train.optim import Optimizer
 from mmrlhf.train.preempt import Preemption
@@ -22,8 +23,9 @@ from mmrlhf.train.reference import reference_key
 from mmrlhf.train.resume import Progress
 from mmrlhf.train.run import RunFolder
 from mmrlhf.train.samples import Samples
-from mmrlhf.train.scoring import reference_scores
+from mmrlhf.train.scoring import Keep, reference_scores
 from mmrlhf.train.state import seed_everything, text_fingerprint
+from mmrlhf.train.vision_cache import Batches, features_frozen, open_cache
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,15 @@ class Ready:
     progress: Progress
     samples: Samples
     make_batch: Callable[[Sequence[int]], GroupBatch]  # indices into the data -> a batch on the CPU, reference included
+    keep: Keep  # features that a step computed go to the cache
     share_prefix: bool
     hashes: dict[str, str]  # of the data and of where the run started
+    world: World
 
 
-def prepare(settings: TrainConfig, run: RunFolder, preemption: Preemption, model: Any, processor: Any) -> Ready:
+def prepare(
+    settings: TrainConfig, run: RunFolder, preemption: Preemption, world: World, model: Any, processor: Any
+) -> Ready:
     """Everything up to the first step, or the step after the newest checkpoint. Raises as `loop.train` does."""
     found = resume.find(run, settings)
     seed_everything(settings.seed)
@@ -51,56 +57,78 @@ def prepare(settings: TrainConfig, run: RunFolder, preemption: Preemption, model
     preemption.check()
     model, processor = setup.load_model(settings, model, processor)
     setup.refuse_float16(model, settings)
+    cache = open_cache(model, settings, fs=run.fs)
+    if cache is not None:
+        run.facts["vision_cache"] = {"folder": str(cache.place), "key": cache.key, "bytes_before": cache.used}
     preemption.check()
     dataset = setup.read_data(settings, processor, run, rows=rows)
     preemption.check()
     share_prefix = setup.prefix_sharing(model, settings, run)
     objective = Objective(settings.loss, backend=settings.backend)
     objective.check_groups(dataset.groups, settings.data.pairs)
-    key = reference_key(model, share_prefix=share_prefix, backend=settings.backend)
+    batches = Batches(dataset, apart=features_frozen(model, settings), cache=cache)
+    key = _reference_key(model, settings, share_prefix=share_prefix, apart=batches.apart)
     hashes = {
         "the data or the processor": text_fingerprint(*(dataset.row_hash(index) for index in range(len(dataset)))),
         "the starting model, the libraries, the backend or the device": key,
     }
     if found is not None:
-        resume.check_same(found, settings, run, hashes=hashes)
+        resume.check_same(found, settings, run, hashes=hashes, processes=world.size)
     run.begin()
 
     # The reference is the model as it starts: before LoRA, and before the weights of a checkpoint.
     reference = None
     if objective.needs_reference:
         reference = reference_scores(
-            model, dataset, settings, key=key, share_prefix=share_prefix, between=preemption.check, fs=run.fs
+            model,
+            batches,
+            settings,
+            key=key,
+            share_prefix=share_prefix,
+            between=preemption.check,
+            fs=run.fs,
+            world=world,
         )
         run.facts["reference"] = {"key": key, "shards_read": reference.reused, "shards_computed": reference.computed}
     samples = Samples(run.path, dataset.groups, dataset.encoder.root, settings)
-    samples.before(model, processor, keep=found is not None)
+    if world.first:
+        samples.before(model, processor, keep=found is not None)
 
     def make_batch(indices: Sequence[int]) -> GroupBatch:
-        batch = collate([dataset[index] for index in indices])
+        batch = batches(indices)
         return batch if reference is None else reference.attach(batch, indices)
 
     model = setup.make_trainable(model, settings, run)
-    plan = setup.Plan(dataset.lengths, settings)
-    setup.self_check(model, make_batch(plan[0][0]), settings, run)
+    world.spread_weights(model)
+    plan = setup.Plan(dataset.lengths, settings, world)
+    setup.self_check(model, make_batch(plan.whole(0)[0]), settings, run)
     optimizer = Optimizer(model.named_parameters(), settings.optim)
-    progress = resume.restore(found, model, optimizer, settings)
-    run.facts.update(steps_per_epoch=plan.steps_per_epoch, total_steps=plan.total)
+    progress = resume.restore(found, model, optimizer, settings, world)
+    run.facts.update(steps_per_epoch=plan.steps_per_epoch, total_steps=plan.total, processes=world.size)
     run.write()
     return Ready(
-        model, processor, dataset, plan, objective, optimizer, progress, samples, make_batch, share_prefix, hashes
+        *(model, processor, dataset, plan, objective, optimizer, progress, samples),
+        *(make_batch, batches.keep, share_prefix, hashes, world),
     )
+
+
+def _reference_key(model: Any, settings: TrainConfig, *, share_prefix: bool, apart: bool) -> str:
+    """`reference_key`, and what this run adds to how the numbers are made."""
+    key = reference_key(model, share_prefix=share_prefix, backend=settings.backend)
+    return text_fingerprint(key, f"apart={apart}", *liger.applied(model))
 
 
 def cache_only(settings: TrainConfig) -> Path:
     """`mmrlhf reference`: compute and keep the reference of a recipe, and nothing else. Returns its folder."""
-    setup.single_process()
+    setup.single_process("mmrlhf reference")
     setup.check_paths(settings)
     rows = setup.read_rows(settings)
     model, processor = setup.load_model(settings, None, None)
+    cache = open_cache(model, settings)
     dataset = setup.read_data(settings, processor, rows=rows)
     share_prefix = setup.prefix_sharing(model, settings)
-    key = reference_key(model, share_prefix=share_prefix, backend=settings.backend)
+    batches = Batches(dataset, apart=features_frozen(model, settings), cache=cache)
+    key = _reference_key(model, settings, share_prefix=share_prefix, apart=batches.apart)
     with Preemption() as preemption:
-        found = reference_scores(model, dataset, settings, key=key, share_prefix=share_prefix, between=preemption.check)
+        found = reference_scores(model, batches, settings, key=key, share_prefix=share_prefix, between=preemption.check)
     return found.folder

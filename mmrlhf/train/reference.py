@@ -8,7 +8,7 @@ numbers. Its name is a hash over everything the numbers depend on: weights, mode
 kind of device, batch plan, and each group's text, pictures, processor (image backend included) and encoding. Another
 key is another file: nothing stale can be read.
 
-Not covered: several machines filling one cache together.
+Not covered: several runs filling one cache together (the processes of one run do).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from mmrlhf.batch import GroupBatch
 from mmrlhf.models import load
 from mmrlhf.ops.backend import choose
+from mmrlhf.train.distributed import World
 from mmrlhf.train.files import FileSystem, safetensors_chunks, write_atomic
 from mmrlhf.train.state import fingerprint, text_fingerprint, versions
 
@@ -73,8 +74,9 @@ def cache_reference(
     tokens_per_batch: int,
     between: Callable[[], None] = lambda: None,
     fs: FileSystem | None = None,
+    world: World | None = None,
 ) -> ReferenceScores:
-    """Read what the cache has, compute and write what it lacks.
+    """Read what the cache has, compute and write what it lacks. Of several processes each fills every size-th shard.
 
     `key` stands for the model (see `reference_key`); data and processor are added here, row by row. `between` runs
     after every batch and may raise to stop; whole shards stay. Raises ValueError naming the group if the model gives a
@@ -82,31 +84,37 @@ def cache_reference(
     """
     from tqdm import tqdm
 
-    fs = fs or FileSystem()
+    fs, world = fs or FileSystem(), world or World()
     place = folder / key[:16]
     place.mkdir(parents=True, exist_ok=True)
-    tokens: list[Tensor] = []
-    reused = computed = 0
     shards = [range(at, min(at + SHARD_GROUPS, len(dataset))) for at in range(0, len(dataset), SHARD_GROUPS)]
     with tqdm(total=len(dataset), desc="reference", unit="group", leave=False, disable=None) as bar:
-        for shard in shards:
+
+        def filled(shard: range) -> tuple[list[Tensor], bool]:
+            """The groups of a shard, and whether they were computed now."""
             rows = [dataset.row_hash(index) for index in shard]
             shard_key = text_fingerprint(key, str(tokens_per_batch), *rows)
             path = place / f"{shard_key[:32]}.safetensors"
-            found = _read(path, shard_key, len(shard))
-            if found is None:
-                found = []
-                for indices in _batches(shard, dataset.lengths, tokens_per_batch):
-                    found.extend(_score_groups(score, make_batch(indices)))
-                    bar.update(len(indices))
-                    between()
-                _write(path, shard_key, found, fs)
-                computed += 1
-            else:
-                reused += 1
+            found = read_shard(path, shard_key, len(shard))
+            if found is not None:
                 bar.update(len(shard))
-            tokens.extend(found)
-    return ReferenceScores(place, key, tuple(tokens), reused, computed)
+                return found, False
+            found = []
+            for indices in _batches(shard, dataset.lengths, tokens_per_batch):
+                found.extend(_score_groups(score, make_batch(indices)))
+                bar.update(len(indices))
+                between()
+            write_shard(path, shard_key, found, fs=fs)
+            return found, True
+
+        computed = 0
+        if world.size > 1:  # then all are there, or (folders that are not shared) each computes what it lacks
+            computed = sum(world.gather(sum(filled(shard)[1] for shard in shards[world.rank :: world.size])))
+            bar.reset()
+        everything = [filled(shard) for shard in shards]
+    computed += sum(new for _, new in everything)
+    tokens = tuple(values for found, _ in everything for values in found)
+    return ReferenceScores(place, key, tokens, len(shards) - computed, computed)
 
 
 def _batches(indices: Iterable[int], lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -134,13 +142,14 @@ def _score_groups(score: Callable[[GroupBatch], Tensor], batch: GroupBatch) -> l
     return [values.clone() for values in groups]
 
 
-def _write(path: Path, shard_key: str, groups: Sequence[Tensor], fs: FileSystem) -> None:
+def write_shard(path: Path, shard_key: str, groups: Sequence[Tensor], *, fs: FileSystem | None = None) -> None:
+    """One [n] float32 tensor a group, under a name that always stands for a whole file."""
     tensors = {str(position): values for position, values in enumerate(groups)}
     metadata = {"key": shard_key, "content": fingerprint(tensors)}
     write_atomic(path, safetensors_chunks(tensors, metadata=metadata), fs=fs)
 
 
-def _read(path: Path, shard_key: str, count: int) -> list[Tensor] | None:
+def read_shard(path: Path, shard_key: str, count: int) -> list[Tensor] | None:
     """The groups of a shard, or None if it is not there or not whole (which is said)."""
     from safetensors import SafetensorError, safe_open
 
@@ -164,21 +173,26 @@ def _read(path: Path, shard_key: str, count: int) -> list[Tensor] | None:
     return [tensors[name] for name in names]
 
 
-def reference_key(model: torch.nn.Module, *, share_prefix: bool, backend: str | None = None) -> str:
+def reference_key(
+    model: torch.nn.Module, *, share_prefix: bool, backend: str | None = None, adapter: bool = True
+) -> str:
     """A hash over the weights, the config and what runs them; the processor is in every group's `row_hash`.
 
     Two models of the same weights that compute differently (an epsilon, the vision layer that is read, a soft cap, the
     scaling of an adapter) have different keys; where a model was loaded from does not matter. `backend`: as for
-    `linear_logp`; the one that would run counts, and RuntimeError is raised where none can.
+    `linear_logp`; the one that would run counts, and RuntimeError is raised where none can. `adapter=False`: the key of
+    the model with its PEFT adapters switched off, whatever their weights are.
     """
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    if not adapter:
+        weights = _without_adapters(model, weights)
     libraries = {name: version for name, version in versions().items() if name in _LIBRARIES}
     head = load.lm_head(model)
     whole = load.base_model(model)
     adapters = {
         name: [module.scaling, list(module.active_adapters), module.disable_adapters]
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "active_adapters")  # peft's layers
+        if adapter and isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "active_adapters")  # peft
     }
     return text_fingerprint(
         _FORMAT,
@@ -190,6 +204,17 @@ def reference_key(model: torch.nn.Module, *, share_prefix: bool, backend: str | 
         f"backend={choose('linear_logp', head.weight, requested=backend).name}",
         f"device={head.weight.device.type}",
     )
+
+
+def _without_adapters(model: torch.nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that a model has without PEFT: `base_layer` and `original_module`, not what lies beside them."""
+    kept = dict(weights)
+    for name, module in model.named_modules():
+        inside = next((part for part in ("base_layer", "original_module") if hasattr(module, part)), None)
+        if inside is not None:
+            own = f"{name}.{inside}."
+            kept = {key: value for key, value in kept.items() if not key.startswith(f"{name}.") or key.startswith(own)}
+    return kept
 
 
 def _computed(value: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmrlhf.config import TrainConfig
 from mmrlhf.train import checkpoint
 from mmrlhf.train.checkpoint import Checkpoint
+from mmrlhf.train.distributed import World
 from mmrlhf.train.optim import Optimizer
 from mmrlhf.train.run import RunFolder
 from mmrlhf.train.state import differences, flat_settings, restore_rng, rng_state, seed_everything, versions
@@ -67,9 +68,13 @@ def find(run: RunFolder, settings: TrainConfig) -> Checkpoint | None:
     return found
 
 
-def check_same(found: Checkpoint, settings: TrainConfig, run: RunFolder, *, hashes: Mapping[str, str]) -> None:
+def check_same(
+    found: Checkpoint, settings: TrainConfig, run: RunFolder, *, hashes: Mapping[str, str], processes: int = 1
+) -> None:
     """Raise ValueError listing the differences to the checkpoint, or note them if `resume_changed` is set."""
     changed = differences(found.state["settings"], flat_settings(settings))
+    if (before := len(found.state["rng"])) != processes:
+        changed.append(f"processes: {before} -> {processes}")
     for name, now in hashes.items():
         before = found.state["hashes"].get(name)
         if before != now:
@@ -86,10 +91,15 @@ def check_same(found: Checkpoint, settings: TrainConfig, run: RunFolder, *, hash
         run.note(f"resumed with a change: {line}")
 
 
-def restore(found: Checkpoint | None, model: nn.Module, optimizer: Optimizer, settings: TrainConfig) -> Progress:
-    """Weights, optimiser state and random generators of the checkpoint, or the seed where there is none."""
+def restore(
+    found: Checkpoint | None, model: nn.Module, optimizer: Optimizer, settings: TrainConfig, world: World
+) -> Progress:
+    """Weights, optimiser state and random generators of the checkpoint, or the seed where there is none.
+
+    Each process draws from its own generators: one dropout mask would otherwise fall on every share of a step.
+    """
     if found is None:
-        seed_everything(settings.seed)
+        seed_everything(settings.seed + world.rank)
         return Progress()
     saved = saved_tensors(model, adapters_only=settings.lora.enabled)
     if set(saved) != set(found.model):
@@ -104,8 +114,13 @@ def restore(found: Checkpoint | None, model: nn.Module, optimizer: Optimizer, se
                 )
             tensor.copy_(found.model[name])
     optimizer.load_state(found.optimizer)
-    restore_rng(found.state["rng"])
-    return Progress(**found.state["progress"])
+    progress = Progress(**found.state["progress"])
+    generators = found.state["rng"]
+    if len(generators) == world.size:
+        restore_rng(generators[world.rank])
+    else:  # `resume_changed`, see `check_same`
+        seed_everything(settings.seed + world.rank + world.size * progress.step)
+    return progress
 
 
 def saved_tensors(model: nn.Module, *, adapters_only: bool) -> dict[str, Tensor]:
@@ -118,9 +133,16 @@ def saved_tensors(model: nn.Module, *, adapters_only: bool) -> dict[str, Tensor]
 
 
 def save(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:
-    """Write a checkpoint of this moment, unless it has one, and drop the oldest. Raises OSError if the disk fails."""
+    """Write a checkpoint of this moment, unless it has one, and drop the oldest. Raises OSError if the disk fails.
+
+    Of several processes the first writes; the others tell it where their random generators are.
+    """
     progress = ready.progress
     if progress.saved == progress.step:
+        return
+    generators = ready.world.gather(rng_state())
+    if not ready.world.first:
+        progress.saved = progress.step
         return
     checkpoint.save(
         run.checkpoints,
@@ -129,7 +151,7 @@ def save(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:
         optimizer=ready.optimizer.state(),
         state={
             "progress": dataclasses.asdict(progress) | {"saved": progress.step},
-            "rng": rng_state(),
+            "rng": generators,
             "settings": flat_settings(settings),
             "hashes": ready.hashes,
             "versions": versions(),

@@ -1,7 +1,7 @@
 """Before the first step: the model and its processor, the data, what is trained, and in which order.
 
 Everything is checked here, before any compute is spent: settings that do not fit the data, a processor that does not
-fit the model, a prefix that cannot be shared. Not covered: more than one process (see `single_process`).
+fit the model, a prefix that cannot be shared.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from torch import nn
 from mmrlhf.batch import GroupBatch
 from mmrlhf.config import TrainConfig
 from mmrlhf.data import collate, packing, readers
-from mmrlhf.models import load, parts, shared_prefix, vision
+from mmrlhf.models import liger, load, parts, shared_prefix, vision
+from mmrlhf.train import distributed
+from mmrlhf.train.distributed import World
 from mmrlhf.train.run import RunFolder
 
 
-def single_process() -> None:
-    """Raise ValueError under torchrun and its kin: several processes would train apart without a word."""
+def single_process(what: str) -> None:
+    """Raise ValueError under torchrun and its kin, for a command whose copies would do the same work side by side."""
     size = int(os.environ.get("WORLD_SIZE", "1") or "1")
     if size > 1:
-        raise ValueError(
-            f"WORLD_SIZE is {size}, and this loop trains in one process: start it without torchrun, or use the losses "
-            "inside a distributed trainer (mmrlhf.integrations)"
-        )
+        raise ValueError(f"WORLD_SIZE is {size}, and {what} runs in one process: start it without torchrun")
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device, or the CPU where there is none. Raises ValueError if it cannot be used."""
+    """ "auto" is a CUDA device, or the CPU where there is none. Raises ValueError if it cannot be used.
+
+    "auto" and "cuda" under torchrun: the device of this process.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return distributed.local_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -45,7 +47,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name}, but torch {torch.__version__} sees no CUDA device")
-    return device
+    return distributed.local_device("cuda") if name == "cuda" else device
 
 
 def check_paths(settings: TrainConfig, model: Any = None, processor: Any = None) -> None:
@@ -54,7 +56,9 @@ def check_paths(settings: TrainConfig, model: Any = None, processor: Any = None)
     Raises ValueError, or FileNotFoundError for a model that is neither a folder nor a hub id.
     """
     wanted = settings.model
-    pick_device(settings.device)
+    device = pick_device(settings.device)
+    if wanted.liger:
+        liger.check(device)
     if model is None or processor is None:
         if not wanted.path:
             raise ValueError("model.path must name a local folder or a hub id")
@@ -87,6 +91,8 @@ def load_model(settings: TrainConfig, model: Any, processor: Any) -> tuple[Any, 
     else:
         model = model.to(device) if wanted.dtype == "auto" else model.to(device, getattr(torch, wanted.dtype))
     load.check_pair(model, processor)
+    if wanted.liger:
+        liger.apply(model)
     return model.eval(), processor
 
 
@@ -242,8 +248,9 @@ def turn_dropout_off(model: nn.Module) -> None:
 def add_lora(model: Any, settings: TrainConfig) -> Any:
     """The model with LoRA adapters (float32) on `lora.targets` of the language model; all else is frozen.
 
-    A model that comes with adapters goes on with those. Raises ValueError if peft is missing, or a target matches no
-    linear layer outside the vision tower.
+    The lm_head is one of its layers, if named, and takes no dropout (ValueError at `lm_head`). A model that comes with
+    adapters goes on with those. Raises ValueError if peft is missing, or a target matches no linear layer outside the
+    vision tower.
     """
     if hasattr(model, "peft_config"):
         for name, parameter in model.named_parameters():
@@ -271,14 +278,9 @@ def add_lora(model: Any, settings: TrainConfig) -> Any:
 
 
 def language_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers outside the vision side and the lm_head."""
+    """Names of the linear layers outside the vision side."""
     apart = {id(inner) for _, part in parts.vision_modules(model) for inner in part.modules()}
-    head = id(load.lm_head(model).weight)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in apart and id(module.weight) != head
-    ]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in apart]
 
 
 def self_check(model: Any, batch: GroupBatch, settings: TrainConfig, run: RunFolder) -> None:
@@ -308,13 +310,14 @@ def save_model(model: Any, processor: Any, run: RunFolder) -> None:
 
 
 class Plan:
-    """Which groups make which step: `plan[step]` is a list of micro-batches, each a list of indices into the data.
+    """Which groups make which step: `plan[step]` is this process's micro-batches, each a list of indices into the data.
 
-    A pure function of the settings, the seed and the lengths, so resuming needs the number of the step alone.
+    A pure function of the settings, the seed, the lengths and the processes, so resuming needs the number of the step
+    alone. `whole(step)`: the micro-batches that one process would have had, whose groups are everybody's.
     """
 
-    def __init__(self, lengths: Sequence[int], settings: TrainConfig):
-        self.lengths, self.settings = lengths, settings
+    def __init__(self, lengths: Sequence[int], settings: TrainConfig, world: World | None = None):
+        self.lengths, self.settings, self.world = lengths, settings, world or World()
         self._epochs: dict[int, list[list[list[int]]]] = {}
         self.steps_per_epoch = len(self._plan(0))
         self.total = math.ceil(settings.epochs * self.steps_per_epoch - 1e-9)
@@ -324,9 +327,17 @@ class Plan:
     def epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
 
-    def __getitem__(self, step: int) -> list[list[int]]:
+    def whole(self, step: int) -> list[list[int]]:
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._plan(epoch)[index]
+
+    def __getitem__(self, step: int) -> list[list[int]]:
+        whole = self.whole(step)
+        if self.world.size == 1:
+            return whole
+        groups = [index for part in whole for index in part]
+        mine = packing.deal(groups, self.lengths, self.world.size)[self.world.rank]
+        return packing.pack(mine, self.lengths, self.settings.tokens_per_batch)
 
     def _plan(self, epoch: int) -> list[list[list[int]]]:
         if epoch not in self._epochs:

@@ -39,6 +39,8 @@ FREE_ON_RESUME = frozenset(
         "max_bad_steps",
         "model.self_check",
         "data.workers",
+        "data.vision_cache",
+        "data.vision_cache_bytes",
         "data.on_bad_row",
         "data.max_bad_rows",
     }

@@ -151,16 +151,74 @@ def test_varlen_launchers_equal_one_dense_mask(name, launch, function, windows):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_flex_attention_evaluates_the_dense_mask(name, window):
+    layout = LAYOUTS[name]
+    packing = Packing(layout)
+    mask = varlen.block_mask(packing, window, torch.device("cpu"))
+    rows = torch.arange(sum(layout.group_len))
+    assert torch.equal(mask.mask_mod(None, None, rows[:, None], rows[None]), dense_mask(layout, window))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_flex_attention_gives_the_values_of_the_dense_mask(window):
+    """Uncompiled, on the CPU, forward only: its backward is for CUDA."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    layout, scale = LAYOUTS["mixed"], 0.3
+    packing = Packing(layout)
+    tensors = [tensor.detach() for tensor in inputs(layout, dim=16, dtype=torch.float32)]
+    want = dense(layout, window, scale)(*(tensor.double() for tensor in tensors))
+    for _ in range(2):
+        got = varlen._run_flex(flex_attention, *tensors, packing, scale=scale, window=window, dropout=0.0)
+        assert got.shape == want.shape
+        assert (got.double() - want).norm() <= 1e-6 * want.norm()
+    assert len(packing._kept) == 1  # one mask for all layers
+    with pytest.raises(ValueError, match=r"no dropout, the model asks for 0\.1"):
+        varlen._run_flex(flex_attention, *tensors, packing, scale=scale, window=window, dropout=0.1)
+
+
+def test_kernels_are_tried_in_order_and_each_is_tested(monkeypatch):
+    """The first that is there and passes its self-test is taken; the others' reasons are told."""
+    names = [name for name, _, _ in varlen.candidates(windowed=True)]
+    assert names == ["varlen_attn", "flash_attn", "flex_attention"]
+
+    def listed(*, windowed):
+        yield "absent", None, "not available (no module)"
+        yield "wrong", top_left, ""
+        yield "right", sdpa_per_sequence, ""
+        yield "never", None, ""
+
+    monkeypatch.setattr(varlen, "candidates", listed)
+    # The choice itself is pure: only the tensors of a self-test lie on the device, here the CPU in CUDA's place.
+    real = attention.self_test
+    monkeypatch.setattr(attention, "self_test", lambda run, device, *args, **how: real(run, CPU, *args, **how))
+    choose = attention._choose.__wrapped__
+    run, name, _ = choose("cuda", None, torch.bfloat16, 64, 64, True)
+    assert (run, name) == (sdpa_per_sequence, "right")
+    monkeypatch.setattr(varlen, "candidates", lambda *, windowed: list(listed(windowed=windowed))[:2])
+    run, name, reason = choose("cuda", None, torch.bfloat16, 64, 64, False)
+    assert name == "sdpa"
+    assert "absent: not available (no module); wrong: self-test error" in reason
+    assert "causal alignment" in reason
+
+
+CPU = torch.device("cpu")
+
+
+def top_left(q, k, v, packing, *, scale, window, dropout):
+    """A kernel whose causal mask is aligned top-left, as cuDNN's packed one is."""
+    out = []
+    k, v = (varlen.gathered(t.transpose(0, 1), packing).transpose(0, 1) for t in (k, v))
+    lengths = packing.key_lengths
+    for a, b, c in zip(q.split(packing.lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True):
+        out.append(scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True))
+    return torch.cat(out, 1).transpose(0, 1)
+
+
 def test_self_test_finds_a_top_left_kernel():
     """cuDNN's packed causal mask is aligned top-left: such a kernel must never be used."""
-
-    def top_left(q, k, v, packing, *, scale, window, dropout):
-        out = []
-        k, v = (varlen.gathered(t.transpose(0, 1), packing).transpose(0, 1) for t in (k, v))
-        lengths = packing.key_lengths
-        for a, b, c in zip(q.split(packing.lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True):
-            out.append(scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True))
-        return torch.cat(out, 1).transpose(0, 1)
 
     cpu = torch.device("cpu")
     for windowed in (False, True):
@@ -201,6 +259,21 @@ def test_packing_lengths():
     cu_q, cu_k = packing.cumulative(torch.device("cpu"))
     assert cu_q.tolist() == [0, 3, 4, 8, 10, 15]
     assert cu_k.tolist() == [0, 3, 7, 14, 16, 23]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("windowed", [False, True])
+def test_every_kernel_that_is_installed_passes_its_self_test(windowed):
+    """torch's own two always are; flash-attn may be."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    found = {name: (run, missing) for name, run, missing in varlen.candidates(windowed=windowed)}
+    assert not found["varlen_attn"][1]
+    assert not found["flex_attention"][1]
+    for name, (run, missing) in found.items():
+        if not missing:
+            problem = attention.self_test(run, torch.device("cuda"), torch.bfloat16, 64, windowed=windowed)
+            assert problem == "", name
 
 
 @pytest.mark.gpu

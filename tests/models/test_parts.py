@@ -72,13 +72,83 @@ def test_scaled_and_capped_heads_give_the_models_logits():
             torch.testing.assert_close(logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_lora_and_quantised_heads_are_refused():
+def with_lora(**settings):
+    """A tiny model with a LoRA on its lm_head, whose b is not zero."""
     from peft import LoraConfig, get_peft_model
 
     model, _ = tiny_model("llava")
-    with_adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
-    with pytest.raises(ValueError, match="lm_head carries an adapter"):
-        lm_head(with_adapter)
+    options = {"r": 2, "lora_alpha": 8, "target_modules": ["lm_head", "q_proj"], **settings}
+    return randomised(get_peft_model(model, LoraConfig(**options)))
+
+
+def randomised(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def assert_models_logits(model):
+    whole, ids = base_model(model), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        hidden = whole.model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(lm_head(model).logits(hidden), whole(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_lora_on_the_head_gives_its_factors():
+    """Of every adapter that is active, as PEFT would add it: several, none where switched off, none where merged."""
+    from peft import LoraConfig
+
+    model = with_lora()
+    layer = base_model(model).lm_head
+    head = lm_head(model)
+    assert head.weight is layer.base_layer.weight
+    ((a, b, scale),) = head.adapters
+    assert (a is layer.lora_A["default"].weight, b is layer.lora_B["default"].weight, scale) == (True, True, 4.0)
+    assert_models_logits(model)
+    model.add_adapter("other", LoraConfig(r=3, use_rslora=True, target_modules=["lm_head"]))
+    randomised(model).base_model.set_adapter(["default", "other"])
+    assert [a.shape[0] for a, _, _ in lm_head(model).adapters] == [2, 3]
+    assert_models_logits(model)
+    with model.disable_adapter():
+        assert lm_head(model).adapters == ()
+        assert_models_logits(model)
+    model.merge_adapter()
+    assert lm_head(model).adapters == ()
+    assert_models_logits(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "'default' is DoRA or another variant"),
+        ({"lora_bias": True}, "'default' has a bias of its own"),
+        ({"lora_dropout": 0.25}, "'default' is trained with a dropout of 0.25"),
+    ],
+    ids=str,
+)
+def test_adapters_that_are_more_than_a_lora_are_refused(settings, message):
+    model = with_lora(**settings)
+    with pytest.raises(ValueError, match=f"lm_head carries an adapter .*{message}"):
+        lm_head(model)
+    if "lora_dropout" in settings:  # which acts in training alone
+        with torch.no_grad():
+            assert len(lm_head(model).adapters) == 1
+        model.eval().requires_grad_(False)
+        assert_models_logits(model)
+
+
+def test_other_adapters_and_quantised_heads_are_refused():
+    from peft import LoHaConfig, LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llava")[0], LoHaConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"lm_head carries an adapter \(peft\.tuners\.loha.* only a plain LoRA"):
+        lm_head(model)
+    merged = with_lora()
+    merged.merge_adapter()
+    base_model(merged).lm_head.enable_adapters(False)
+    with pytest.raises(ValueError, match="merged into the weight and switched off at once"):
+        lm_head(merged)
     model, _ = tiny_model("llava")
     whole = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     head = lm_head(whole)

@@ -13,6 +13,7 @@ from mmrlhf.models.parts import inner_model, text_config, vision_parameters
 from ordinary import assert_same, ordinary_hidden, pair, relative
 from tiny import FAMILIES, TinyGroup, batch_of, ordinary_tokens, tiny_groups, tiny_image, tiny_model
 
+MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
 FOUR = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "gemma3")  # plain positions, mRoPE, deepstack, image blocks
 
 
@@ -36,18 +37,21 @@ def test_embeddings_path_of_older_transformers(family, monkeypatch):
     assert_same(model, other, hidden, ordinary_hidden(other, groups), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", FOUR)
+@pytest.mark.parametrize(
+    ("family", "lora", "checkpointing"),
+    [
+        *((family, True, True) for family in FAMILIES),
+        *((family, lora, not lora) for family in FOUR for lora in (True, False)),
+    ],
+)
 def test_with_lora_and_gradient_checkpointing(family, lora, checkpointing):
-    if not lora and not checkpointing:
-        pytest.skip("covered by test_equals_ordinary_rows")
+    """K = 1, 2 and 5 of different lengths; neither of the two is `test_equals_ordinary_rows`."""
     model, other, processor = pair(family)
     if lora:
         model, other = with_lora(model), with_lora(other)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    groups = tiny_groups(processor, (2, 3), seed=4)
+    groups = tiny_groups(processor, (2, 5, 1), seed=4, images=(1, 2, 1))
     hidden = shared_prefix.response_hidden(model, batch_of(groups))
     assert_same(model, other, hidden, ordinary_hidden(other, groups), tolerance=1e-5)
 
@@ -70,7 +74,7 @@ def test_sliding_window_layers(window):
     assert_same(model, other, hidden, ordinary_hidden(other, groups), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_onevision"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_positions_are_the_models_own_for_each_row(family):
     model, processor = tiny_model(family)
     groups = tiny_groups(processor, (2, 3, 1), seed=9, images=(2, 1, 0))
@@ -93,7 +97,7 @@ def test_positions_are_the_models_own_for_each_row(family):
                 want = inner.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)[0][:, 0]
             assert torch.equal(row, want)
     assert at == sum(layout.group_len)
-    assert found.shape[0] == (1 if family == "llava_onevision" else 3)
+    assert found.shape[0] == (3 if family in MROPE else 1)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])

@@ -139,12 +139,13 @@ def test_linear_attention_is_detected_and_runs_padded_rows(caplog):
     shared, reason = shared_prefix.can_share(model)
     assert not shared
     assert "linear_attention" in reason
+    model = model.double()  # a decay's gradient is 2e5 times smaller than others here: float32 rounds it too coarsely
     other = copy.deepcopy(model)
     groups = tiny_groups(processor, (2, 3), seed=8)
     with caplog.at_level(logging.WARNING, logger="mmrlhf"):
         hidden = shared_prefix.response_hidden(model, batch_of(groups))
     assert sum("cannot share a prompt" in record.getMessage() for record in caplog.records) == 1
-    assert_same(model, other, hidden, ordinary_hidden(other, groups), tolerance=1e-5)
+    assert_same(model, other, hidden, ordinary_hidden(other, groups), tolerance=1e-6)
 
 
 def test_linear_attention_is_counted_as_the_rows_it_runs(tmp_path):

@@ -121,8 +121,13 @@ def test_dropout_of_the_model_is_turned_off_and_that_of_its_adapters_is_not():
     assert dropped[0].p == 0.0
 
 
-def test_several_processes_are_refused_before_anything_is_written(tmp_path, model_folder, data_file, monkeypatch):
+def test_several_processes_that_cannot_meet_are_refused_before_anything_is_written(
+    tmp_path, model_folder, data_file, monkeypatch
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2, and this loop trains in one process"):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is 2, but RANK, .* is not set: start .* processes with torchrun"):
         train(settings_for(tmp_path / "run", data_file, model=model_folder))
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, and mmrlhf reference runs in one process"):
+        cache_only(settings_for(tmp_path / "run", data_file, model=model_folder))
     assert not (tmp_path / "run").exists()

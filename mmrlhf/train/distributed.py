@@ -1,0 +1,155 @@
+"""Several processes (torchrun), each with the whole model and its share of every step's groups.
+
+A step's groups are dealt to the processes by length; the loss is normalised by the totals of the whole step, so the sum
+of the gradients is the gradient one process would have had, and every process takes the same AdamW step. The first
+process alone writes: run folder, checkpoints, metrics, samples, model. A process may have nothing to do in a step, and
+micro-batches need not be alike: the processes meet once a step, at the gradients.
+
+Not covered: sharded weights. A model too large for one device is trained with LoRA, or through the TRL drop-in under
+FSDP2 or DeepSpeed (`mmrlhf.integrations.trl`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmrlhf.train.optim import Optimizer
+
+BUCKET_BYTES = 128 << 20  # gradients that are sent together: large enough for the bandwidth, small beside the weights
+# One process may score a shard of the reference, or write the model, while the others wait.
+PATIENCE = datetime.timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process and how many there are; alone, every method does nothing."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def add_gradients(self, optimizer: Optimizer) -> None:
+        """Every gradient becomes its sum over the processes; one that no process has stays None."""
+        if self.size == 1:
+            return
+        stepped = list(optimizer.stepped.values())
+        mine = [p.grad is not None for p in stepped]
+        flags = torch.tensor(mine, dtype=torch.int32, device=stepped[0].device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        gradients = []
+        for parameter, anywhere in zip(stepped, flags.tolist(), strict=True):
+            if anywhere:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        for bucket in buckets(gradients, BUCKET_BYTES):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            dist.all_reduce(flat)
+            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` summed over the processes."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def minimum(self, values: Tensor) -> Tensor:
+        """The smallest of each of `values` over the processes."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values, dist.ReduceOp.MIN)
+        return values
+
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest `number` of any process."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number, device=device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def spread_weights(self, model: nn.Module) -> None:
+        """The first process's trained weights everywhere: adapters start at random."""
+        if self.size > 1:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    dist.broadcast(parameter.detach(), 0)
+
+
+def buckets(tensors: list[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype and device, up to `most` bytes together; a larger tensor goes alone."""
+    held: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        alike = not held or (held[0].dtype, held[0].device) == (tensor.dtype, tensor.device)
+        if held and (not alike or filled + size > most):
+            yield held
+            held, filled = [], 0
+        held.append(tensor)
+        filled += size
+    if held:
+        yield held
+
+
+@contextlib.contextmanager
+def join(device: torch.device) -> Iterator[World]:
+    """The processes that torchrun started (WORLD_SIZE, RANK, …), or this one alone.
+
+    A process group that is there already is used and left. Raises ValueError where WORLD_SIZE speaks of several
+    processes and there is no way to meet them.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size())
+        return
+    if int(os.environ.get("WORLD_SIZE", "1") or "1") == 1:
+        yield World()
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start several processes "
+            "with torchrun, or unset WORLD_SIZE"
+        )
+    if not dist.is_available():
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this PyTorch has no torch.distributed")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    yield World(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()  # not after an error: the other processes may be waiting, and torchrun ends them
+
+
+def local_device(kind: str) -> torch.device:
+    """The CUDA device of this process on its machine (LOCAL_RANK), or the CPU."""
+    if kind != "cuda":
+        return torch.device(kind)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0") or "0"))
