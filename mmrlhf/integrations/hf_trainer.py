@@ -5,21 +5,25 @@
 
 `args.remove_unused_columns` must be False: Trainer would drop the columns that rows are made of. The loss is divided by
 the pairs of the whole optimiser step, however it is accumulated and spread. Rows are those of `integrations.rows`.
-Not covered: compute_metrics (there are no logits), ZeRO-3, an FSDP unit around the lm_head.
+Not covered: compute_metrics (there are no logits), ZeRO-3.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmrlhf.integrations.cached import with_reference
 from mmrlhf.integrations.forward import add_forward
 from mmrlhf.integrations.objective import LossSettings, objective
 from mmrlhf.integrations.rows import BATCH, REFERENCE, PackedRows, PreferenceCollator, per_row
+from mmrlhf.train.reference import reference_key
 
 
 class TrainerCollator(PreferenceCollator):
@@ -72,7 +76,8 @@ class PreferenceLossFunction:
             raise ValueError('reference is "adapter", but the model has none; wrap it with peft, or give a frozen copy')
         if self.reference is model:
             raise ValueError("reference is the model that is trained; give a frozen copy")
-        add_forward(model, share_prefix=share_prefix, self_check=self_check, backend=backend)
+        wanted = ("log_sum_sq",) if self.settings.use_weighting else ()
+        add_forward(model, share_prefix=share_prefix, self_check=self_check, backend=backend, statistics=wanted)
         if isinstance(self.reference, nn.Module):
             self.reference.requires_grad_(False).eval()
             add_forward(self.reference, share_prefix=share_prefix, self_check=False, backend=backend)
@@ -81,7 +86,14 @@ class PreferenceLossFunction:
         """The share of this micro-batch in the step's loss; without `num_items_in_batch`, its own mean."""
         packed: PackedRows = outputs[BATCH]
         kept = self._reference_logp(packed)
-        return objective(outputs["logp"], packed, kept, self.settings, num_pairs=num_items_in_batch).loss
+        return objective(
+            outputs["logp"],
+            packed,
+            kept,
+            self.settings,
+            num_pairs=num_items_in_batch,
+            log_sum_sq=outputs.get("log_sum_sq"),
+        ).loss
 
     def _reference_logp(self, packed: PackedRows) -> Tensor:
         """[N], nats."""
@@ -104,7 +116,7 @@ def reference_logp(model: nn.Module, packed: PackedRows) -> Tensor:
     model.eval()
     try:
         with without:
-            return model(**{BATCH: packed})["logp"]
+            return model(**{BATCH: packed, "mmrlhf_statistics": ()})["logp"]
     finally:
         model.train(training)
 
@@ -116,15 +128,23 @@ def cache_reference(
     *,
     batch_size: int = 4,
     share_prefix: bool = True,
+    folder: str | Path | None = None,
 ) -> Any:
     """The rows with a column `reference_logp`: the model's log-probabilities as it is now, a number a response token.
 
-    `rows` is a `datasets.Dataset` or a list of dicts, and so is what comes back. The column belongs to this collator's
-    settings; another tokenizer or another cut is found out and raises BadRow. One process.
+    `rows` is a `datasets.Dataset` or a list of dicts, and so is what comes back. With `folder`, a Dataset's column is
+    kept there, read again by later runs of the same model, rows and settings, and not held in memory. The column
+    belongs to this collator's settings; another tokenizer or another cut is found out and raises BadRow. One process.
     """
     if not hasattr(rows, "__len__"):
         raise ValueError("rows must have a length; load a streamed data set first")
     add_forward(model, share_prefix=share_prefix)
+    if folder is not None:
+        if not hasattr(rows, "add_column"):
+            raise ValueError(f"folder needs rows as a datasets.Dataset, got {type(rows).__name__}; see from_list")
+        key = reference_key(model, share_prefix=share_prefix, adapter=not hasattr(model, "peft_config"))
+        score = functools.partial(reference_logp, model)
+        return with_reference(rows, collator, score, folder, key=key, batch_size=batch_size)
     column: list[list[float]] = []
     for start in range(0, len(rows), batch_size):
         part = [{**rows[i], REFERENCE: None} for i in range(start, min(start + batch_size, len(rows)))]

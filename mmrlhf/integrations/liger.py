@@ -164,12 +164,10 @@ def _check_smoothing(loss_type: str, value: float) -> None:
         raise ValueError(
             f"label_smoothing is {value}, but loss_type {loss_type!r} has none; use {' or '.join(SMOOTHED)}"
         )
-    if loss_type == "exo_pair" and not 0 < value < 1:
-        raise ValueError(
-            f"label_smoothing must be above 0 and below 1 for loss_type 'exo_pair' (try 1e-3), got {value}"
-        )
-    if loss_type == "robust" and value >= 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5) for loss_type 'robust', got {value}")
+    if loss_type == "exo_pair" and not value:
+        raise ValueError(f"label_smoothing must be above 0 for loss_type 'exo_pair' (try 1e-3), got {value}")
+    if value >= 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5) for loss_type {loss_type!r}, got {value}")
 
 
 @torch.no_grad()

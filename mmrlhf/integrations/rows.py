@@ -44,6 +44,7 @@ class PackedRows:
     batch: GroupBatch
     layout: Layout  # read on the CPU, so that no device is waited for
     without_margin: str | None = None  # the first pair that has no reward margin, likewise
+    share: float = 1.0  # of this micro-batch in its optimiser step, on top of a plain mean over micro-batches
     ready: bool = False  # whether `batch` has positions and lies on the model's device
     tower: int = 0  # id() of the model whose frozen tower made `features`
     features: Any = None

@@ -6,15 +6,15 @@
 
 TRL keeps the loop, the optimiser, PEFT, DDP, FSDP2, ZeRO-1 and 2, accumulation, evaluation, checkpoints and the names
 of the metrics. Rows are those of `integrations.rows`. What cannot be honoured raises at construction, naming the option
-and what to do instead. Not covered: streaming data sets, ZeRO-3, losses that sort the batch (docs/drop-in.md).
+and what to do instead. Not covered: streaming data sets, ZeRO-3, mixtures of experts' auxiliary loss (docs/drop-in.md).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +27,14 @@ from trl.trainer.utils import use_adapter
 
 from mmrlhf.batch import GroupBatch
 from mmrlhf.integrations import trl_support as support
-from mmrlhf.integrations.forward import add_forward
+from mmrlhf.integrations.cached import with_reference
+from mmrlhf.integrations.forward import STATISTICS, add_forward, tower_is_shared
 from mmrlhf.integrations.objective import LossSettings, Result, objective
-from mmrlhf.integrations.rows import BATCH, COLUMNS_READ, REFERENCE, PackedRows, PreferenceCollator, per_row
+from mmrlhf.integrations.rows import BATCH, COLUMNS_READ, PackedRows, PreferenceCollator
+from mmrlhf.models.parts import inner_model
 from mmrlhf.ops import sequence_score
+from mmrlhf.train.reference import reference_key
+from mmrlhf.train.state import text_fingerprint
 
 if Version(trl.__version__) < Version("1.15"):
     raise ImportError(f"mmrlhf.integrations.trl needs TRL 1.15 or later, found {trl.__version__}")
@@ -60,6 +64,12 @@ class PreferenceConfig(DPOConfig):
         default=True,
         metadata={"help": "Log entropy, logits/* and mean_token_accuracy: one more pass over the vocabulary."},
     )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of precompute_ref_log_probs; None: reference/ in output_dir. Read again by later runs."
+        },
+    )
     image_root: str = field(default=".", metadata={"help": "Folder that pictures given as paths are relative to."})
 
 
@@ -78,11 +88,14 @@ class _PreferenceMethods:
     accelerator: Any
     data_collator: Any
     precompute_ref_logps: bool
+    is_deepspeed_enabled: bool
+    _precompute_model_hash: Any
     _metrics: Any
     _total_train_tokens: int
     _signature_columns: Any
     # Ours: options by name; those of a trainer whose constructor is still running.
     _mmrlhf: dict[str, Any]
+    _one_tower: bool
     _pending: dict[str, Any]
 
     # TRL prepares text up front and refuses cached references for pictures. Here rows are prepared by the collator
@@ -105,36 +118,45 @@ class _PreferenceMethods:
             if model is not None:
                 inner = self.accelerator.unwrap_model(model)
                 add_forward(inner, share_prefix=options["share_prefix"], self_check=options["self_check"])
+        self._one_tower = self._towers_are_equal()
+
+    def _towers_are_equal(self) -> bool:
+        """Whether pictures that the policy has encoded need not meet the reference model's tower."""
+        if self.ref_model is None or self.ref_model is self.model or not self.args.disable_dropout:
+            return False
+        return tower_is_shared(*(self.accelerator.unwrap_model(each) for each in (self.model, self.ref_model)))
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
-        """The data set with a column of reference log-probabilities, a number a response token.
-
-        Each process scores its share; all processes run equally many batches. Kept in memory, made again on a resume.
-        """
+        """The data set with a column of reference log-probabilities, a number a response token, kept on disk."""
         if not hasattr(dataset, "__len__"):
             raise ValueError(
                 "precompute_ref_log_probs needs a data set that is not streamed; load it, or set it to False"
             )
         if not hasattr(self, "_mmrlhf"):  # DPOTrainer's constructor calls this before it is done
             self._install(self._pending)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        count = len(dataset)
-        each = math.ceil(count / world)
-        mine = [(rank + world * i) % count for i in range(each)]
-        found: dict[int, list[float]] = {}
         model = self.ref_model or self.model
-        for start in range(0, each, batch_size):
-            indices = mine[start : start + batch_size]
-            packed = self.data_collator([{**dataset[index], REFERENCE: None} for index in indices])[BATCH]
-            logp = self._reference_logp(model, packed).cpu()
-            for index, values in zip(indices, per_row(logp, packed.batch), strict=True):
-                found[index] = values
-        from accelerate.utils import gather_object
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            model.to(self.accelerator.device)  # ZeRO-1 and 2 move it there only when training starts
+        return with_reference(
+            dataset,
+            self.data_collator,
+            lambda packed: self._reference_logp(model, packed),
+            self._mmrlhf["reference_cache"] or Path(self.args.output_dir) / "reference",
+            key=self._reference_key(model),
+            batch_size=batch_size,
+            processes=support.Processes(self.accelerator),
+        )
 
-        merged = dict(gather_object(list(found.items())))
-        column = [merged[index] for index in range(count)]
-        kept = [name for name in dataset.column_names if name != REFERENCE]
-        return dataset.select_columns(kept).add_column(REFERENCE, column)
+    def _reference_key(self, model) -> str:
+        """The same in every process, so the first one's; weights that FSDP has sharded by TRL's hash of the whole."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        if any(hasattr(parameter, "full_tensor") for parameter in unwrapped.parameters()):
+            key = text_fingerprint("sharded", str(self._precompute_model_hash))
+        else:
+            switched_off = self.ref_model is None and "ref" not in getattr(unwrapped, "peft_config", {})
+            key = reference_key(unwrapped, share_prefix=self._mmrlhf["share_prefix"], adapter=not switched_off)
+        precision = f"autocast={self.accelerator.mixed_precision}"
+        return support.Processes(self.accelerator).gather([text_fingerprint(key, precision)])[0]
 
     def compute_ref_log_probs(self, model, inputs) -> tuple[Tensor, Tensor]:
         """(chosen [P], rejected [P]): summed reference log-probabilities of the pairs' responses."""
@@ -144,6 +166,8 @@ class _PreferenceMethods:
 
     def _reference_logp(self, model, packed: PackedRows) -> Tensor:
         """[N], without a gradient, under the reference model, or the policy without its adapter (or with "ref")."""
+        if model is self.ref_model and self._one_tower and packed.features is not None:
+            packed.tower = id(inner_model(self.accelerator.unwrap_model(model)))
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
@@ -151,7 +175,7 @@ class _PreferenceMethods:
             self.accelerator.autocast(),
             _evaluating(model),
         ):
-            return model(**{BATCH: packed})["logp"]
+            return model(**{BATCH: packed, "mmrlhf_statistics": ()})["logp"]
 
     @contextlib.contextmanager
     def _reference_adapter(self) -> Iterator[None]:
@@ -162,11 +186,18 @@ class _PreferenceMethods:
         with use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None):
             yield
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        support.weigh_pairs([sample[BATCH] for sample in samples], self.accelerator)
+        return samples, items
+
     def _compute_loss(self, model, inputs, return_outputs):
         if return_outputs:
             raise ValueError("return_outputs needs logits, which are never built here; use prediction_loss_only=True")
         packed: PackedRows = inputs[BATCH]
-        out = model(**{BATCH: packed, "mmrlhf_statistics": self._mmrlhf["token_metrics"]})
+        wanted = STATISTICS if self._mmrlhf["token_metrics"] else ()
+        wanted += ("log_sum_sq",) if self._loss_settings.use_weighting else ()
+        out = model(**{BATCH: packed, "mmrlhf_statistics": wanted})
         batch = packed.batch
         if self.precompute_ref_logps:
             if batch.reference_logp is None:
@@ -177,9 +208,9 @@ class _PreferenceMethods:
             kept = batch.reference_logp
         else:
             kept = self._reference_logp(self.ref_model if self.ref_model is not None else self.model, packed)
-        result = objective(out["logp"], packed, kept, self._loss_settings)
+        result = objective(out["logp"], packed, kept, self._loss_settings, log_sum_sq=out.get("log_sum_sq"))
         self._log_metrics("train" if self.model.training else "eval", out, batch, result)
-        return result.loss
+        return result.loss * packed.share
 
     def _log_metrics(self, mode: str, out: dict[str, Tensor], batch: GroupBatch, result: Result) -> None:
         """TRL's metrics over all processes: one gather and one wait for the device, not a dozen."""
@@ -301,6 +332,10 @@ def _loss_settings(args: DPOConfig, options: dict[str, Any]) -> LossSettings:
         beta=args.beta,
         label_smoothing=args.label_smoothing,
         discopop_tau=args.discopop_tau,
+        ld_alpha=args.ld_alpha,
+        f_divergence_type=args.f_divergence_type,
+        f_alpha_divergence_coef=args.f_alpha_divergence_coef,
+        use_weighting=args.use_weighting,
         **{name: options[name] for name in ("beta_mode", "beta_w", "beta_k", "reduction")},
     )
 

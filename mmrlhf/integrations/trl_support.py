@@ -5,6 +5,8 @@ Each check raises ValueError that names the option, says why it cannot be honour
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from mmrlhf.batch import GroupBatch
 from mmrlhf.integrations.objective import Result
-from mmrlhf.ops import sequence_score
+from mmrlhf.integrations.rows import PackedRows
 
 # Metric -> what its sum is divided by.
 WEIGHT_OF = {
@@ -30,6 +32,82 @@ WEIGHT_OF = {
 }
 
 
+# Every field that DPOConfig adds to TrainingArguments, and who answers for it: "trl" reads it as always, "mmrlhf" gives
+# it the meaning it has in TRL, "nothing" has no part in a packed batch, "refused" is looked at by `check_settings`.
+FIELDS = {
+    "model_init_kwargs": "trl",
+    "trust_remote_code": "trl",
+    "router_aux_loss_coef": "refused",
+    "disable_dropout": "trl",
+    "dataset_num_proc": "nothing",  # rows are encoded where they are collated: dataloader_num_workers
+    "max_length": "mmrlhf",
+    "truncation_mode": "refused",
+    "padding_free": "nothing",  # nothing is padded
+    "pad_to_multiple_of": "refused",
+    "precompute_ref_log_probs": "mmrlhf",
+    "precompute_ref_batch_size": "mmrlhf",
+    "loss_type": "mmrlhf",
+    "loss_weights": "mmrlhf",
+    "ld_alpha": "mmrlhf",
+    "f_divergence_type": "mmrlhf",
+    "f_alpha_divergence_coef": "mmrlhf",
+    "label_smoothing": "mmrlhf",
+    "beta": "mmrlhf",
+    "use_weighting": "mmrlhf",
+    "discopop_tau": "mmrlhf",
+    "activation_offloading": "trl",
+    "sync_ref_model": "trl",
+    "ref_model_mixup_alpha": "trl",
+    "ref_model_sync_steps": "trl",
+    "pad_token": "nothing",  # nothing is padded
+}
+
+
+def _unknown_fields(args: Any) -> list[str]:
+    """Fields of a later TRL than those above that are set to something: they might change the loss."""
+    from transformers import TrainingArguments
+    from trl import DPOConfig
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments)} | set(FIELDS)
+    found = []
+    for field in dataclasses.fields(DPOConfig):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name not in known and getattr(args, field.name) != default:
+            found.append(field.name)
+    return found
+
+
+class Processes:
+    """What `cached.with_reference` asks of an accelerator."""
+
+    def __init__(self, accelerator: Any):
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        # One process a machine: folders of different machines may be different ones.
+        self.writes = accelerator.is_local_main_process
+
+    def gather(self, items: list) -> list:
+        """The items of all processes, in the order of their ranks."""
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
+
+
+def weigh_pairs(step: Sequence[PackedRows], accelerator: Any) -> None:
+    """Let every pair of an optimiser step weigh the same, in whatever micro-batch and process it lies.
+
+    Micro-batches are averaged, as TRL does, and the pairs in each. That is the same thing where every row is one pair;
+    where rows have several, a micro-batch's share goes by its pairs. One sum over the processes, of three numbers.
+    """
+    totals = [sum(packed.batch.pairs.shape[0] for packed in step), sum(packed.batch.num_groups for packed in step)]
+    totals.append(len(step))
+    if accelerator.num_processes > 1:
+        totals = accelerator.reduce(torch.tensor(totals, device=accelerator.device), reduction="sum").tolist()
+    pairs, rows, parts = totals
+    if pairs != rows:
+        for packed in step:
+            packed.share = packed.batch.pairs.shape[0] * parts / pairs
+
+
 @torch.no_grad()
 def metric_sums(out: dict[str, Tensor], batch: GroupBatch, result: Result) -> tuple[Tensor, list[str]]:
     """Sums of this process, [n] float64, and their names. A response counts once for each of its pairs, as in TRL."""
@@ -39,7 +117,6 @@ def metric_sums(out: dict[str, Tensor], batch: GroupBatch, result: Result) -> tu
         side.index_add_(0, members, torch.ones_like(members, dtype=torch.float64))
     lengths = batch.cu_seqlens.diff()
     chosen, rejected = (side.repeat_interleave(lengths, output_size=batch.num_scored) for side in times)  # [N]
-    scores = sequence_score(out["logp"].detach(), batch.cu_seqlens)
     sums = {
         "tokens": torch.as_tensor(batch.num_tokens, device=better.device),
         "pairs": torch.as_tensor(better.numel(), device=better.device),
@@ -50,8 +127,8 @@ def metric_sums(out: dict[str, Tensor], batch: GroupBatch, result: Result) -> tu
         "rewards/rejected": result.rejected_rewards.sum(),
         "rewards/accuracies": (result.chosen_rewards > result.rejected_rewards).sum(),
         "rewards/margins": (result.chosen_rewards - result.rejected_rewards).sum(),
-        "logps/chosen": scores[better].sum(),
-        "logps/rejected": scores[worse].sum(),
+        "logps/chosen": result.chosen_logps.sum(),
+        "logps/rejected": result.rejected_logps.sum(),
         "beta/mean": result.beta.sum(),
     }
     if "entropy" in out:
@@ -64,6 +141,11 @@ def metric_sums(out: dict[str, Tensor], batch: GroupBatch, result: Result) -> tu
 
 def check_settings(args: Any, data_collator: Any, compute_metrics: Any) -> None:
     """Options of a DPOConfig and arguments of a DPOTrainer."""
+    for name in _unknown_fields(args):
+        raise ValueError(
+            f"{name} = {getattr(args, name)!r} is not supported by mmrlhf, which does not know this field of "
+            "DPOConfig; leave it at its default, or use TRL's own DPOTrainer"
+        )
     compiled = args.torch_compile
     stage = getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0)
     lengths = (
@@ -78,12 +160,6 @@ def check_settings(args: Any, data_collator: Any, compute_metrics: Any) -> None:
             compute_metrics is not None,
             "it is given logits, which are never built; leave it None, TRL's metrics are logged for evaluation too",
         ),
-        "ld_alpha": (args.ld_alpha is not None, "LD-DPO is not built in; leave it None, or use segments and gamma"),
-        "f_divergence_type": (
-            args.f_divergence_type != "reverse_kl",
-            "only reverse_kl is built in; use it, or TRL's own DPOTrainer",
-        ),
-        "use_weighting": (args.use_weighting, "WPO is not built in; set it to False, or use TRL's own DPOTrainer"),
         "truncation_mode": (
             args.max_length is not None and args.truncation_mode == "keep_end",
             "a cut from the front would go through pictures; use keep_start, or max_length None",

@@ -120,6 +120,31 @@ def test_a_cached_reference_changes_nothing(tmp_path):
     assert got == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.hosts
+def test_a_reference_cached_in_a_folder_is_the_same_column(tmp_path):
+    """The second model has other LoRA weights; its reference is the model without them, so the folder is read."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    from peft import get_peft_model
+
+    rows, columns = trl_rows(3), []
+    for index, folder in enumerate((None, tmp_path, tmp_path)):
+        model, processor = model_and_processor("llava_onevision")
+        torch.manual_seed(index)
+        adapted = get_peft_model(model, lora())
+        written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+        cached = cache_reference(
+            adapted, datasets.Dataset.from_list(rows), TrainerCollator(processor), batch_size=2, folder=folder
+        )
+        columns.append([list(row["reference_logp"]) for row in cached])
+        assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    assert columns[2] == columns[1]
+    for one, other in zip(columns[0], columns[1], strict=True):
+        assert other == pytest.approx(one, rel=1e-6)
+    with pytest.raises(ValueError, match=r"folder needs rows as a datasets.Dataset, got list"):
+        cache_reference(adapted, rows, TrainerCollator(processor), folder=tmp_path)
+
+
 def test_labels_count_pairs():
     _, processor = model_and_processor("llava_onevision")
     out = TrainerCollator(processor)(ranked(trl_rows(3)))

@@ -191,10 +191,13 @@ def test_a_frozen_head_gets_no_gradient():
 
 @pytest.mark.hosts
 @pytest.mark.parametrize("kind", [kind for kind in LOSS_TYPES if kind != "ipo"])
-def test_equal_to_liger_itself(kind):
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("average", [False, True])
+def test_equal_to_liger_itself(kind, shape, average):
     liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
-    case, eps = make(SHAPES[1]), SMOOTHING.get(kind, 0.0)
-    options = {"compiled": False, "loss_type": kind, "label_smoothing": eps, "compute_nll_loss": True, "alpha": 0.7}
+    case, eps = make(shape), SMOOTHING.get(kind, 0.0)
+    options = {"loss_type": kind, "label_smoothing": eps, "compute_nll_loss": True, "alpha": 0.7}
+    options |= {"compiled": False, "average_log_prob": average}
     theirs = liger.LigerFusedLinearDPOLoss(**options)
     leaves = {k: case[k].clone().requires_grad_() for k in ("weight", "hidden", "bias")}
     loss, outputs = theirs(
@@ -207,7 +210,7 @@ def test_equal_to_liger_itself(kind):
         case["ref_bias"],
     )
     loss.backward()
-    got = run(case, kind, compute_nll_loss=True, alpha=0.7, label_smoothing=eps, compiled=False)
+    got = run(case, options.pop("loss_type"), **options)
     compare(got, (loss, outputs, {k: v.grad for k, v in leaves.items()}), rtol=5e-4, atol=1e-5)
 
 
@@ -226,6 +229,7 @@ def test_the_constructor_and_forward_are_ligers():
         ({"loss_type": "aot"}, "loss_type must be one of"),
         ({"loss_type": "exo_pair"}, "label_smoothing must be above 0"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, r"must be in \[0, 0.5\)"),
+        ({"loss_type": "exo_pair", "label_smoothing": 0.5}, r"must be in \[0, 0.5\)"),
         ({"label_smoothing": 0.1}, "loss_type 'sigmoid' has none"),
         ({"beta": 0.0}, "beta must be finite and positive"),
         ({"alpha": float("nan")}, "alpha must be finite"),

@@ -159,6 +159,26 @@ def test_runs_equal_the_float64_loop(family, ours, theirs, tmp_path, monkeypatch
             assert all(low < value < high for value in logged(trainer, name))
 
 
+def test_every_pair_of_an_accumulated_step_weighs_the_same(tmp_path):
+    """Four rows at once, or one at a time with 1 or 3 pairs each."""
+    rows = ranked_rows(8)
+    for row in rows[::2]:
+        row["responses"], row["scores"] = row["responses"][:2], row["scores"][:2]
+    found = []
+    for size, options in ((4, {}), (1, {"gradient_accumulation_steps": 4})):
+        model, processor = model_and_processor("llava_onevision")
+        given = {"steps": 3, "per_device_train_batch_size": size, **options}
+        losses, trainer = run(
+            PreferenceTrainer, PreferenceConfig, model, processor, datasets.Dataset.from_list(rows), tmp_path, **given
+        )
+        steps = [sum(losses[at : at + 4 // size]) / (4 // size) for at in range(0, len(losses), 4 // size)]
+        found.append((steps, logged(trainer, "grad_norm")))
+    assert found[0][0][0] == pytest.approx(0.6931472, abs=1e-6)
+    assert found[0][0][1] != found[0][0][0]
+    for one, other in zip(*found, strict=True):
+        assert other == pytest.approx(one, rel=2e-4)
+
+
 def _record_rows(monkeypatch) -> list[list[str]]:
     """The ids of the rows of each micro-batch, in the order they are asked for."""
     from mmrlhf.integrations.rows import PreferenceCollator

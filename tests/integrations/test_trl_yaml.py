@@ -73,7 +73,7 @@ def test_lora_from_yaml(places):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("ld_alpha: 0.5", "ld_alpha = 0.5 is not supported by mmrlhf"),
+        ("pad_to_multiple_of: 8", "pad_to_multiple_of = 8 is not supported by mmrlhf"),
         ("eval_strategy: steps\neval_steps: 1", "which has no splits"),
         ("segments: words", "segments must be None or one of"),
         ("no_such_key: 3", "no_such_key"),

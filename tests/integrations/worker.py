@@ -24,21 +24,24 @@ def ddp(out: Path) -> None:
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows = [{**row, "margin": 0.5 + index} for index, row in enumerate(trl_rows(7))]
+    uneven = [_ranked(row, 2 + index % 2) for index, row in enumerate(rows)]
     for name, options in {
         "live": {"segments": "paper", "gamma": 3.0, "beta_mode": "margin"},
         "cached": {"precompute_ref_log_probs": True, "gradient_checkpointing": True},
         "lora": {"peft": True, "reduction": "mean"},
+        "accumulated": {"gradient_accumulation_steps": 2},
     }.items():
+        at_once = 4 // options.get("gradient_accumulation_steps", 1)
         model, processor = model_and_processor("llava_onevision")
         _, trainer = run(
             PreferenceTrainer,
             PreferenceConfig,
             model,
             processor,
-            Dataset.from_list(rows),
+            Dataset.from_list(uneven if name == "accumulated" else rows),
             out / name,
             steps=4,
-            per_device_train_batch_size=4 // world,
+            per_device_train_batch_size=at_once // world,
             dataloader_drop_last=True,
             **options,
         )
@@ -49,6 +52,13 @@ def ddp(out: Path) -> None:
             log = {key: logged(trainer, key) for key in names}
             weights = {k: v for k, v in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
             torch.save({"log": log, "weights": weights}, out / f"{name}-{world}.pt")
+
+
+def _ranked(row: dict, count: int) -> dict:
+    """The row's two responses, or those and a third: one pair, or three."""
+    texts = [row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")]
+    responses, scores = [*texts, "a dog"][:count], [2.0, 1.0, 0.0][:count]
+    return {"images": row["images"], "prompt": row["prompt"], "responses": responses, "scores": scores}
 
 
 def fsdp(out: Path) -> None:
@@ -62,13 +72,16 @@ def fsdp(out: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     settings = LossSettings(beta=0.3, reduction="mean")
-    for family, trained_head in (("qwen2_5_vl", True), ("llava_onevision", False)):
+    for family, trained_head, own_unit in (
+        ("qwen2_5_vl", True, False),
+        ("llava_onevision", False, False),
+        ("llava_onevision", True, True),
+    ):
         model, processor = model_and_processor(family)
         model.get_output_embeddings().requires_grad_(trained_head)
         alone = copy.deepcopy(model)
         collator = PreferenceCollator(processor, segments="paper", gamma=2.0)
-        rows = trl_rows(4)
-        halves = [rows[:2], rows[2:]]
+        halves = [trl_rows(2), trl_rows(2, seed=5, images=trained_head)]  # or a rank without a picture
 
         def loss_of(module, half, collator=collator):
             packed = collator(half)[BATCH]
@@ -82,6 +95,8 @@ def fsdp(out: Path) -> None:
         add_forward(model)
         for layer in model.model.language_model.layers:
             fully_shard(layer)
+        if own_unit:  # its weight is then a DTensor where the loss reads it
+            fully_shard(model.get_output_embeddings())
         fully_shard(model)
         got = loss_of(model, halves[rank])
         got.backward()
@@ -94,7 +109,7 @@ def fsdp(out: Path) -> None:
                 compared += 1
         assert compared > 20
         if rank == 0:
-            (out / f"{family}.ok").write_text(str(compared))
+            (out / f"{family}{'-unit' * own_unit}.ok").write_text(str(compared))
     dist.destroy_process_group()
 
 
