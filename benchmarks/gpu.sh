@@ -7,8 +7,8 @@
 #
 # Variables: BUDGET (seconds for all, 540), OUT (results and logs, benchmarks/results/gpu), WORK (environment, build and
 # Triton's cache, build/gpu: kept for the next run), PYTHON (an interpreter with torch and triton:
-# .venv/bin/python, else python3), WHEELS (a folder of wheels to install beside it: peers, nanobind-backend), COMMIT
-# (where there is no git).
+# .venv/bin/python, else python3), WHEELS (a folder of wheels to install beside it: peers, nanobind-backend,
+# nvidia-cutlass, without which the CUDA GEMM for Hopper is left out), COMMIT (where there is no git).
 #
 # Needs no network, and writes to no environment but its own. A step that fails does not stop the later ones. Exit
 # status: 0 all steps that ran passed, 1 some failed (the last lines and OUT/summary.md name them), 2 no CUDA device.
@@ -93,6 +93,12 @@ PYTHON
   echo "import mmrlhf_checkout" >"$place/mmrlhf_checkout.pth"
 }
 
+# The Hopper GEMM is two files of about 45 s each (80 s of CPU time), side by side: with 16 cores the build takes a minute.
+extension() { # AUTO|OFF SETTINGS...: with CUTLASS, or without
+  install --no-build-isolation -C "cmake.define.MMRLHF_CUTLASS=$1" "${@:2}" -e . &&
+    "$PY" -c 'from mmrlhf import _C; print(_C.build_info())'
+}
+
 do_build() {
   local -a settings=(-C "build-dir=$WORK/build")
   [[ -n ${DRY:-} ]] || environment
@@ -113,10 +119,13 @@ do_build() {
     linked_nanobind
     settings+=(-C wheel.py-api= -C "cmake.define.nanobind_DIR=$WORK/nanobind")
   fi
-  if ! install --no-build-isolation "${settings[@]}" -e . || ! "$PY" -c 'from mmrlhf import _C; print(_C.build_info())'; then
-    echo "FAILED to build the extension: pure Python, so that the Triton kernels can run"
-    MMRLHF_NO_EXT=1 install --no-build-isolation -C "build-dir=$WORK/build-pure" -e . || unbuilt
+  has cutlass_library || echo "nvidia-cutlass is not installed: the extension is built without its GEMM for Hopper"
+  if ! extension AUTO "${settings[@]}"; then
     failed=1
+    if ! { has cutlass_library && echo "FAILED: again without the GEMM for Hopper" && extension OFF "${settings[@]}"; }; then
+      echo "FAILED to build the extension: pure Python, so that the Triton kernels can run"
+      MMRLHF_NO_EXT=1 install --no-build-isolation -C "build-dir=$WORK/build-pure" -e . || unbuilt
+    fi
   fi
   "$PY" -m benchmarks.gpu_facts --write "$OUT/facts.json"
   "$PY" -c 'import mmrlhf.kernels.triton.launch'
@@ -157,7 +166,7 @@ do_summary() { run "$PY" -m benchmarks.gpu_summary --folder "$OUT"; }
 
 plan() {
   cat <<PLAN
-build 150 30 0
+build 180 30 0
 launchers 75 20 0
 tests 120 20 0
 small 45 15 0

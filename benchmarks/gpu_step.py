@@ -12,7 +12,6 @@ Exit status 1 where a side failed or disagrees; 2 without the device; 77 where p
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import importlib.util
 import statistics
@@ -29,55 +28,31 @@ from benchmarks.gpu_ops import save
 from benchmarks.step_models import SHAPES, build_model, build_processor, build_records
 
 LOSS_TOLERANCE = 2e-2
-ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def with_lora(model: Any) -> Any:
-    """Adapters of rank 16 on the decoder's projections; the tower is frozen already."""
-    from peft import LoraConfig, get_peft_model
-
-    decoder = r".*language_model.*\.(" + "|".join(ADAPTED) + ")"
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=decoder, lora_dropout=0.0))
-
-
-def trl_side(model: Any, processor: Any, records: list[dict], *, lora: bool, device: torch.device) -> Any:
-    from benchmarks.peers.trl_step import TrlStep
-
-    made = TrlStep(model, processor, records, lr=1e-5, beta=0.1, use_cpu=device.type == "cpu")
-    if lora:  # TRL scores the reference by switching the adapters off
-        made.reference = None
-    return made
-
-
-def sides(base: Any, processor: Any, records: list[dict], *, lora: bool, device: torch.device):
+def sides(base: Any, processor: Any, records: list[dict], *, lora: bool):
     """The contestants by name; each has its own adapters, or its own copy of the weights."""
-    from benchmarks.train_step import OurStep
+    from benchmarks.step_case import DEFAULT_SIDES
+    from benchmarks.step_sides import builders
 
-    def fresh() -> Any:
-        model = copy.deepcopy(base)
-        torch.manual_seed(0)
-        return with_lora(model) if lora else model
-
-    def ours(**options: bool) -> Any:
-        return OurStep(fresh(), processor, records, lr=1e-5, beta=0.1, **options)
-
-    found: dict[str, Callable[[], Any]] = {}
-    if all(importlib.util.find_spec(name) for name in ("trl", "datasets")):
-        found["trl"] = lambda: trl_side(fresh(), processor, records, lora=lora, device=device)
-    else:
+    names = DEFAULT_SIDES
+    if not all(importlib.util.find_spec(name) for name in ("trl", "datasets")):
         print("left out: trl (trl and datasets have to be installed)")
-    found["live reference"] = lambda: ours(cached=False)
-    found["cached reference"] = lambda: ours(cached=True)
-    found["separate rows"] = lambda: ours(cached=False, share_prefix=False)
-    return found
+        names = tuple(name for name in names if name != "trl")
+    return builders(base, processor, records, names, lora=lora)
 
 
 def run_side(build: Callable[[], Any], steps: int, device: torch.device) -> dict[str, Any]:
-    """Seconds a step (median after the first), losses, tokens and peak memory of one side."""
+    """Seconds a step (median after the first), losses, tokens, images and peak memory of one side."""
+    from benchmarks.step_worker import Meter
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds, losses, tokens = build().run(steps + 1)
-    found: dict[str, Any] = {"seconds": statistics.median(seconds[1:]), "losses": losses, "tokens": tokens}
+    made, meter = build(), Meter()
+    with meter.watching(made.model, made.reference):
+        run = made.run(steps + 1)
+    found: dict[str, Any] = {"seconds": statistics.median(run.seconds[1:]), "losses": run.losses}
+    found |= meter.per_step(run.marks[1:])
     if device.type == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
     return found
@@ -107,7 +82,7 @@ def case(base: Any, processor: Any, k: int, chosen: argparse.Namespace, left: Ca
         chosen.groups, image_tokens=chosen.prefix - 30, response_tokens=chosen.response, k=k, seed=0
     )
     figures: dict[str, dict[str, Any]] = {}
-    for name, build in sides(base, processor, records, lora=not chosen.full, device=device).items():
+    for name, build in sides(base, processor, records, lora=not chosen.full).items():
         if left() < 15:
             print(f"not reached: K={k} {name}")
             continue

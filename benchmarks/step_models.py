@@ -1,12 +1,14 @@
 """Models, processors and preference data for the whole-step benchmark, made from configs with random weights.
 
 `small` has the shape of Qwen2.5-VL at 38 M parameters, so that a step of either trainer takes seconds on two cores;
-`qwen2_5_vl_7b` has the published shape of the 7B model and is meant for a GPU. One image token covers 28 x 28 pixels.
+`mini` (11 M) keeps its proportions for prompts of thousands of tokens, `tiny` is for tests. `qwen2_5_vl_7b` has the
+published shape of the 7B model and is meant for a GPU. One image token covers 28 x 28 pixels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,12 +37,20 @@ class Shape:
     tower_depth: int
     tower_mlp: int
     tower_heads: int
+    full_blocks: tuple[int, ...]  # tower blocks that attend to the whole picture; the others to windows of 4 x 4 tokens
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
 
 
 SHAPES = {
-    "small": Shape(384, 6, 6, 2, 1024, 32000, 256, 4, 512, 4),
-    "qwen2_5_vl_7b": Shape(3584, 28, 28, 4, 18944, 152064, 1280, 32, 3420, 16),
+    "tiny": Shape(32, 2, 2, 1, 64, 512, 32, 2, 48, 2, (1,)),
+    "mini": Shape(256, 4, 4, 2, 704, 16000, 128, 3, 256, 2, (2,)),
+    "small": Shape(384, 6, 6, 2, 1024, 32000, 256, 4, 512, 4, (3,)),
+    "qwen2_5_vl_7b": Shape(3584, 28, 28, 4, 18944, 152064, 1280, 32, 3420, 16, (7, 15, 23, 31)),
 }
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def build_processor(max_image_tokens: int = 4096):
@@ -55,7 +65,10 @@ def build_processor(max_image_tokens: int = 4096):
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|pad|>", *MARKERS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=300,
+        special_tokens=["<|pad|>", *MARKERS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     engine.train_from_iterator(["what is in the picture ?"], trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -82,19 +95,61 @@ def build_processor(max_image_tokens: int = 4096):
 
 
 def build_model(name: str, processor, *, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """A Qwen2.5-VL of one of SHAPES with random weights."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    """A Qwen2.5-VL of one of SHAPES with random weights and a frozen tower, on the default device (`with device:`)."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
-    shape = SHAPES[name]
+    config = build_config(SHAPES[name], processor)
+    torch.manual_seed(seed)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(previous)
+    model.model.visual.requires_grad_(False)
+    return model
+
+
+def with_lora(model: Any, *, seed: int = 0) -> Any:
+    """Adapters of rank 16 on the decoder's linear layers; the tower is frozen already, everything else becomes so."""
+    from peft import get_peft_model
+
+    adapted = get_peft_model(model, lora_config())
+    seed_adapters(adapted, seed)
+    return adapted
+
+
+def seed_adapters(model: Any, seed: int = 0) -> None:
+    """Draw the adapters' first matrices anew, so that two trainers that made their own start from the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            bound = parameter.shape[1] ** -0.5  # PEFT's own: kaiming_uniform_ with a = sqrt(5)
+            drawn = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
+            parameter.data.copy_(drawn)
+
+
+def lora_config() -> Any:
+    """The PEFT configuration of `with_lora`."""
+    from peft import LoraConfig
+
+    decoder = r".*language_model.*\.(" + "|".join(ADAPTED) + ")"
+    return LoraConfig(r=16, lora_alpha=32, target_modules=decoder, lora_dropout=0.0)
+
+
+def build_config(shape: Shape, processor) -> Any:
+    """The Qwen2_5_VLConfig of a shape, with the special tokens of `processor`."""
+    from transformers import Qwen2_5_VLConfig
+
     tokenizer = processor.tokenizer
     ids = tokenizer.convert_tokens_to_ids
-    half = shape.hidden // shape.heads // 2
+    half = shape.head_dim // 2
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.eos_token_id,
     }
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config={
             "hidden_size": shape.hidden,
             "intermediate_size": shape.mlp,
@@ -119,7 +174,7 @@ def build_model(name: str, processor, *, dtype: torch.dtype = torch.float32, see
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,
             "window_size": CELL * 4,
-            "fullatt_block_indexes": [shape.tower_depth - 1],
+            "fullatt_block_indexes": list(shape.full_blocks),
         },
         image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"),
@@ -128,15 +183,6 @@ def build_model(name: str, processor, *, dtype: torch.dtype = torch.float32, see
         tie_word_embeddings=False,
         **special,
     )
-    torch.manual_seed(seed)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(previous)
-    model.model.visual.requires_grad_(False)
-    return model
 
 
 def build_records(groups: int, *, image_tokens: int, response_tokens: int, k: int, seed: int = 0) -> list[dict]:

@@ -1,197 +1,267 @@
 """The whole training step, from pictures and text to the updated weights, against TRL's DPOTrainer in one run.
 
     python -m benchmarks.train_step --prefix 320 --response 100 --k 2 --groups 2 --steps 3 --write NAME
+    python -m benchmarks.train_step --causes --drop-in        the ratio split into its causes; TRL with mmrlhf in it
+    python -m benchmarks.train_step --sweep cpu               a list of cases into benchmarks/results/step_cpu.json
 
-Both sides start from the same weights, see the same pictures and answers, score all pairs of the K answers, clip to
-norm 1 and step AdamW. Ours is timed three ways: with a live reference model, with cached reference scores, and with the
-prefix not shared. Ratios are printed only if the losses of the two trainers agree at every step.
+All sides start from the same weights, see the same pictures and answers, score all pairs of the K answers, clip to norm
+1 and step fused AdamW; each runs in a process of its own, one after another. A ratio is given only where a side's loss
+agrees with TRL's at every step. `--sweep` goes on where it stopped: cases that the file has from the same commit and
+machine are left out (`--again` measures them anew). Exit status 1 where a side failed or disagrees.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import io
+import datetime
 import json
 import os
 import platform
-import statistics
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 
-from benchmarks.peers.trl_step import TrlStep
-from benchmarks.step_models import build_model, build_processor, build_records
-from mmrlhf.batch import GroupBatch
-from mmrlhf.data.collate import Encoder, collate
-from mmrlhf.data.schema import ImageRef, Message, Part, PreferenceGroup, Response
-from mmrlhf.models.load import lm_head
-from mmrlhf.models.shared_prefix import response_hidden
-from mmrlhf.models.vision import encode
-from mmrlhf.ops import fused_preference_loss, linear_logp, sequence_score
+from benchmarks.step_case import LADDER, SWEEPS, WITH_CAUSES, WITH_DROP_IN, Case
+from benchmarks.step_flops import ceilings, seconds, work
+from benchmarks.step_models import SHAPES
 
-LOSS_TOLERANCE = 2e-4  # TRL logs four digits; both sides start at log 2 and move by 1e-2 in a step
+RESULTS = Path(__file__).parent / "results"
+# Both sides start at log 2 and move by 1e-2 or more in a step; bfloat16 rounds them differently.
+LOSS_TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
+Figures = dict[str, dict[str, Any]]
 
 
-class Side(Protocol):
-    """A trainer: `run(steps)` -> (seconds of each step, losses, tokens through the decoder a step; 0 if not known)."""
-
-    def run(self, steps: int) -> tuple[list[float], list[float], int]: ...
-
-
-class OurStep:
-    """`run(steps)` -> (seconds of each step from picture bytes to update, losses, tokens through the decoder)."""
-
-    def __init__(self, model, processor, records, *, lr: float, beta: float, cached: bool, share_prefix: bool = True):
-        self.model, self.beta, self.cached, self.share_prefix = model, beta, cached, share_prefix
-        self.reference = None if cached else copy.deepcopy(model).requires_grad_(False).eval()
-        self.encoder = Encoder(processor, root=Path("."), max_group_tokens=1 << 20)
-        self.groups = [to_group(record) for record in records]
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-        self.trained = trained
-        if cached:
-            self.kept = [self.score(self.model, self.batch(group)) for group in self.groups]
-
-    def batch(self, group: PreferenceGroup) -> GroupBatch:
-        batch = collate([self.encoder.encode(group)])
-        return batch.to(next(self.model.parameters()).device)
-
-    def score(self, model, batch: GroupBatch, vision=None) -> torch.Tensor:
-        """Reference log-probabilities [N]."""
-        with torch.no_grad():
-            hidden = response_hidden(model, batch, vision=vision, share_prefix=self.share_prefix)
-            return linear_logp(hidden, lm_head(model).weight, batch.targets)
-
-    def run(self, steps: int) -> tuple[list[float], list[float], int]:
-        seconds, losses, tokens = [], [], 0
-        self.model.train()
-        pairs = sum(len(group.preference_pairs()) for group in self.groups)
-        for _ in range(steps):
-            started = time.perf_counter()
-            total = 0.0
-            for index, group in enumerate(self.groups):
-                batch = self.batch(group)
-                tokens += batch.num_tokens
-                vision = encode(self.model, batch)  # once: the tower is frozen, and serves policy and reference
-                reference = self.kept[index] if self.cached else self.score(self.reference, batch, vision)
-                hidden = response_hidden(self.model, batch, vision=vision, share_prefix=self.share_prefix)
-                out = fused_preference_loss(
-                    hidden,
-                    lm_head(self.model).weight,
-                    batch.targets,
-                    batch.cu_seqlens,
-                    batch.pairs,
-                    reference_scores=sequence_score(reference, batch.cu_seqlens),
-                    beta=self.beta,
-                    num_pairs=pairs,
-                )
-                out.loss.backward()
-                total += float(out.loss.detach())
-            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
-            seconds.append(time.perf_counter() - started)
-            losses.append(total)
-        return seconds, losses, tokens // steps
+def compare(case: Case, figures: Figures, *, triton: bool = False) -> list[str]:
+    """Add to each side its difference from TRL's losses, its ratio and its ceilings; returns what is wrong."""
+    trl = figures.get("trl", {})
+    faults = []
+    for name, figure in figures.items():
+        if "error" in figure:
+            faults.append(f"{name}: {figure['error']}")
+            continue
+        figure["flops"] = work(case, name, triton=triton).total
+        if "losses" not in trl:
+            continue
+        apart = max(abs(a - b) for a, b in zip(figure["losses"], trl["losses"], strict=False))  # as far as both go
+        figure["max_loss_difference"] = apart
+        if not apart <= LOSS_TOLERANCE[case.dtype]:
+            faults.append(f"{name}: losses {figure['losses']} differ from TRL's {trl['losses']}")
+            continue
+        figure["ratio"] = trl["seconds"] / figure["seconds"]
+        if name != "trl":
+            figure["ceiling"] = ceilings(case, name, triton=triton)
+    return faults
 
 
-def to_group(record: dict) -> PreferenceGroup:
-    """The same record as a PreferenceGroup; its picture as PNG bytes."""
-    data = io.BytesIO()
-    record["image"].save(data, format="PNG")
-    return PreferenceGroup(
-        id=record["id"],
-        prompt=(Message("user", (Part("image"), Part("text", record["prompt"]))),),
-        responses=tuple(Response(text, rank=rank + 1) for rank, text in enumerate(record["responses"])),
-        images=(ImageRef(data=data.getvalue()),),
-    )
+def causes(case: Case, figures: Figures) -> dict[str, float] | None:
+    """{cause: factor}, whose product is TRL's seconds over ours with a cached reference; None if a side is missing.
+
+    "trainer" is what is left between TRL and our own step taken TRL's way: padding, metrics, data loader, logging.
+    """
+    rungs = [("trl", ""), (LADDER[0][0], "trainer"), *LADDER[1:]]
+    if case.k == 2:
+        rungs = [rung for rung in rungs if rung[0] != "answers once"]
+    if any("ratio" not in figures.get(name, {}) for name, _ in rungs):
+        return None
+    spent = [figures[name]["seconds"] for name, _ in rungs]
+    return {cause: before / after for (_, cause), before, after in zip(rungs[1:], spent, spent[1:], strict=False)}
 
 
-def sides(model, processor, records, *, lr: float = 1e-5, beta: float = 0.1) -> dict[str, Callable[[], Side]]:
-    """The contestants by name, each on its own copy of the model when it is built."""
-
-    def ours(**options) -> Side:
-        return OurStep(copy.deepcopy(model), processor, records, lr=lr, beta=beta, **options)
-
+def run_case(case: Case, device: str, measure: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any]:
+    """All sides of a case; a record for the results file, its faults in "faults"."""
+    if measure is None:
+        from benchmarks.step_worker import measure_apart as measure
+    begin = time.perf_counter()
+    figures: Figures = {}
+    for side in case.sides:
+        figures[side] = measure(case, side, device)
+        print(f"  {side:22} {figures[side].get('seconds', figures[side].get('error'))}", flush=True)
+    triton = device.startswith("cuda")
     return {
-        "trl": lambda: TrlStep(copy.deepcopy(model), processor, records, lr=lr, beta=beta),
-        "live reference": lambda: ours(cached=False),
-        "cached reference": lambda: ours(cached=True),
-        "separate rows": lambda: ours(cached=False, share_prefix=False),
+        "name": case.name,
+        "case": case.as_dict(),
+        "device": device,
+        "faults": compare(case, figures, triton=triton),
+        "figures": figures,
+        "causes": causes(case, figures),
+        "took": round(time.perf_counter() - begin, 1),
     }
 
 
-def compare(arguments: argparse.Namespace) -> dict:
-    """One case: TRL and ours on fresh copies of one model. Returns figures, or raises if the losses disagree."""
-    processor = build_processor()
-    model = build_model(arguments.model, processor, dtype=getattr(torch, arguments.dtype))
-    records = build_records(
-        arguments.groups, image_tokens=arguments.prefix - 30, response_tokens=arguments.response, k=arguments.k
-    )
-    figures: dict[str, dict] = {}
-    for name, build in sides(model, processor, records).items():
-        seconds, losses, tokens = build().run(arguments.steps + 1)
-        figures[name] = {"seconds": statistics.median(seconds[1:]), "losses": losses}  # the first step warms up
-        if tokens:
-            figures[name]["tokens"] = tokens
-    for name, figure in figures.items():
-        error = max(abs(a - b) for a, b in zip(figure["losses"], figures["trl"]["losses"], strict=True))
-        figure["max_loss_difference"] = error
-        figure["ratio"] = figures["trl"]["seconds"] / figure["seconds"]
-        if error > LOSS_TOLERANCE:
-            raise RuntimeError(f"{name}: losses {figure['losses']} differ from TRL's {figures['trl']['losses']}")
-    return figures
+def table(record: dict[str, Any]) -> str:
+    """A case's figures as text."""
+    head = ("s / step", "TRL / it", "ceiling", "tokens", "reference", "images", "MiB", "|loss diff|")
+    lines = [record["name"], "  ".join([" " * 22, *(f"{word:>11}" for word in head)])]
+    for name, figure in record["figures"].items():
+        if "seconds" not in figure:
+            continue
+        ratio = f"{figure['ratio']:.2f}x" if "ratio" in figure else "-"
+        ceiling = f"{figure['ceiling']['flops']:.2f}x" if "ceiling" in figure else "-"
+        peak = "-" if figure.get("peak_bytes") is None else f"{figure['peak_bytes'] / 2**20:.0f}"
+        apart = f"{figure['max_loss_difference']:.1e}" if "max_loss_difference" in figure else "-"
+        counts = [f"{figure[key]:.0f}" for key in ("policy_tokens", "reference_tokens", "images")]
+        words = (f"{figure['seconds']:.3f}", ratio, ceiling, *counts, peak, apart)
+        lines.append("  ".join([f"{name:22}", *(f"{word:>11}" for word in words)]))
+    if record["causes"]:
+        product = 1.0
+        lines.append("the ratio to the cached reference, split:")
+        for cause, factor in record["causes"].items():
+            product *= factor
+            lines.append(f"  {cause:12} x {factor:5.2f}   = {product:6.2f}")
+    return "\n".join([*lines, *(f"FAULT {fault}" for fault in record["faults"])])
 
 
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
-    parser.add_argument("--model", default="small", choices=("small", "qwen2_5_vl_7b"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--prefix", type=int, default=320, help="prompt tokens, image tokens included (about)")
-    parser.add_argument("--response", type=int, default=100, help="tokens of a response (about)")
-    parser.add_argument("--k", type=int, default=2, help="responses a prompt; all their pairs are trained on")
-    parser.add_argument("--groups", type=int, default=2, help="prompts an optimiser step")
-    parser.add_argument("--steps", type=int, default=3, help="timed optimiser steps, after one that warms up")
-    parser.add_argument("--write", help="write benchmarks/results/NAME.json")
-    arguments = parser.parse_args(words)
-    figures = compare(arguments)
-    print(f"{'':18} {'s / step':>9} {'TRL / it':>9} {'|loss difference|':>18}")
-    for name, figure in figures.items():
-        print(f"{name:18} {figure['seconds']:9.3f} {figure['ratio']:8.2f}x {figure['max_loss_difference']:18.1e}")
-    if arguments.write:
-        path = Path(__file__).parent / "results" / f"{arguments.write}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(record(arguments, figures), indent=1) + "\n")
-    return 0
-
-
-def record(arguments: argparse.Namespace, figures: dict) -> dict:
-    """What a results file holds: the figures, the case, and the machine they are from."""
-    import transformers
-    import trl
-
+def about(device: str) -> dict[str, Any]:
+    """The machine and the versions that figures depend on."""
+    packages = ("torch", "transformers", "trl", "peft", "accelerate")
     return {
-        "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1:]),
         "machine": {
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "processor": platform.processor() or platform.machine(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "processor": _processor(),
+            "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-        },
-        "case": {k: v for k, v in vars(arguments).items() if k != "write"},
-        "figures": figures,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
     }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in _lines(info) if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def commit() -> str | None:
+    """HEAD of the checkout, with "+" where its code was changed since; None outside a checkout."""
+    here = Path(__file__).parents[1]
+    paths = ("mmrlhf", "kernels", "csrc", "benchmarks", ":!benchmarks/results")
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "--", *paths], cwd=here, capture_output=True)
+    except OSError:
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout else "") if head.returncode == 0 else None
+
+
+class Results:
+    """benchmarks/results/NAME.json: {"cases": [record, …]}, written after every case."""
+
+    def __init__(self, path: Path, command: str, device: str, *, fresh: bool = False):
+        self.path, self.command, self.stamp = path, command, {**about(device), "commit": commit()}
+        known = json.loads(path.read_text()).get("cases", []) if path.is_file() and not fresh else []
+        self.cases: list[dict[str, Any]] = known if isinstance(known, list) else []
+
+    def has(self, case: Case) -> bool:
+        """Whether the case is there without faults, from this commit and this machine."""
+        return any(
+            record["case"] == case.as_dict() and not record["faults"] and self._same(record) for record in self.cases
+        )
+
+    def _same(self, record: dict[str, Any]) -> bool:
+        return all(record.get(key) == value for key, value in self.stamp.items())
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take the place of an earlier record of the same case."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        record = {"command": self.command, "date": now, **self.stamp, **record}
+        self.cases = [old for old in self.cases if old["case"] != record["case"]] + [record]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps({"cases": self.cases}, indent=1) + "\n")
+        new.replace(self.path)
+
+
+def sweep(cases: tuple[Case, ...], results: Results, device: str, limit: float, again: bool, **options: Any) -> bool:
+    """Run what the file lacks; a case that would end after `limit` seconds is not begun. Whether all went well."""
+    begin, good = time.monotonic(), True
+    for case in cases:
+        if results.has(case) and not again:
+            print(f"{case.name}: there already")
+            continue
+        if time.monotonic() - begin + (seconds(case) if device == "cpu" else 0) > limit:
+            print(f"{case.name}: not reached, it takes about {seconds(case):.0f} s")
+            continue
+        print(f"{case.name}: about {seconds(case):.0f} s", flush=True)
+        record = run_case(case, device, **options)
+        results.add(record)
+        print(table(record), flush=True)
+        good = good and not record["faults"]
+    return good
+
+
+def main(words: list[str] | None = None, **options: Any) -> int:
+    """`options` go to `run_case`."""
+    chosen = parser().parse_args(words)
+    if chosen.device.startswith("cuda") and not torch.cuda.is_available():
+        print("no CUDA device")
+        return 2
+    cases = picked(chosen)
+    if chosen.list:
+        for case in cases:
+            print(f"{seconds(case):6.0f} s  {case.name}: {', '.join(case.sides)}")
+        print(f"{sum(map(seconds, cases)) / 60:6.1f} min on two server cores, about")
+        return 0
+    command = shlex.join(["python", "-m", "benchmarks.train_step", *(sys.argv[1:] if words is None else words)])
+    name = chosen.write or (f"step_{chosen.sweep}" if chosen.sweep else None)
+    if name is not None:
+        path = Path(name) if name.endswith(".json") else RESULTS / f"{name}.json"
+        fresh = chosen.sweep is None
+        results = Results(path, command, chosen.device, fresh=fresh)
+        return 0 if sweep(cases, results, chosen.device, chosen.limit, chosen.again, **options) else 1
+    record = run_case(cases[0], chosen.device, **options)
+    print(table(record))
+    return 1 if record["faults"] else 0
+
+
+def picked(chosen: argparse.Namespace) -> tuple[Case, ...]:
+    """The cases that the command line asks for."""
+    if chosen.sweep:
+        found = tuple(case for case in SWEEPS[chosen.sweep] if all(word in case.name for word in chosen.only))
+        if not found:
+            raise SystemExit(f"no case of {chosen.sweep} holds {' and '.join(chosen.only)}; see --list")
+        return found
+    names = ("model", "dtype", "lora", "prefix", "response", "k", "groups", "steps", "peer_steps")
+    case = Case(**{name: getattr(chosen, name) for name in names})
+    if chosen.causes or chosen.drop_in:
+        sides = WITH_CAUSES if chosen.causes else WITH_DROP_IN
+        case = replace(case, sides=tuple(s for s in sides if chosen.drop_in or "+ mmrlhf" not in s))
+    return (replace(case, sides=tuple(chosen.side)),) if chosen.side else (case,)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0])
+    made.add_argument("--model", default="small", choices=SHAPES)
+    made.add_argument("--dtype", default="float32", choices=LOSS_TOLERANCE)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--lora", action="store_true", help="adapters on the decoder instead of training it whole")
+    made.add_argument("--prefix", type=int, default=320, help="prompt tokens, image tokens included (about)")
+    made.add_argument("--response", type=int, default=100, help="tokens of a response (about)")
+    made.add_argument("--k", type=int, default=2, help="responses a prompt; all their pairs are trained on")
+    made.add_argument("--groups", type=int, default=2, help="prompts an optimiser step")
+    made.add_argument("--steps", type=int, default=3, help="timed optimiser steps, after one that warms up")
+    made.add_argument("--peer-steps", type=int, help="the same for TRL and what runs rows apart (default: --steps)")
+    made.add_argument("--causes", action="store_true", help="also our step with one thing after another off")
+    made.add_argument("--drop-in", action="store_true", help="also TRL's trainer with mmrlhf in it")
+    made.add_argument("--side", action="append", help="these sides only; may be given again")
+    made.add_argument("--write", help="write benchmarks/results/NAME.json, or to a path that ends in .json")
+    made.add_argument("--sweep", choices=SWEEPS, help="a list of cases instead of one")
+    made.add_argument("--only", action="append", default=[], help="cases of the sweep whose name holds this")
+    made.add_argument("--limit", type=float, default=float("inf"), help="seconds: begin no case that would end later")
+    made.add_argument("--again", action="store_true", help="measure cases that the file has already")
+    made.add_argument("--list", action="store_true", help="print the cases and about how long they take")
+    return made
 
 
 if __name__ == "__main__":

@@ -153,7 +153,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=90.0, help="in all, about")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--write", type=Path, nargs="?", const=TUNED, help="CUDA: write tuned.py, there or to this path")
+    parser.add_argument(
+        "--write", type=Path, nargs="?", const=TUNED, help="CUDA: write tuned.py, there or to this path"
+    )
     arguments = parser.parse_args(words)
     if arguments.device == "cpu":
         for text in tune_cpu(arguments.seconds):
