@@ -52,6 +52,19 @@ void exp2_rowsum_(const Array& tile, const Array& offset, const Array& sums, con
                    threads);
 }
 
+void exp2_rowsum_block_(const Array& tile, const Array& offset, const Array& rest, const Array& target, int64_t start,
+                        const std::optional<Array>& value, int threads, const std::string& isa) {
+  const Exp2RowsumArguments a(tile, offset, rest, target, std::nullopt, nb::device::cpu::value, "rest", "target");
+  const float* values =
+      value ? check_rows<float>("value", *value, a.rows, nb::device::cpu::value, tile.device_id()) : nullptr;
+  if (threads < 1) throw nb::value_error(("threads must be at least 1, got " + std::to_string(threads)).c_str());
+  if (start < 0) throw nb::value_error(("start must be at least 0, got " + std::to_string(start)).c_str());
+  const Isa path = isa_named(isa);
+  nb::gil_scoped_release unlocked;
+  cpu::exp2_rowsum_block({a.tile, a.rows, a.cols, a.stride}, a.offset, a.sums, a.target_col, start, values, path,
+                         threads);
+}
+
 // An index out of range would be read or written through; on the CPU looking is free.
 void check_ranges(const PreferenceArguments& a, int64_t tokens) {
   if (a.end(0) != 0 || a.end(a.responses) != tokens) {
@@ -114,6 +127,9 @@ NB_MODULE(_C, m) {
   m.def("exp2_rowsum_", &mmrlhf::exp2_rowsum_, "tile"_a.noconvert(), "offset"_a.noconvert(), "sums"_a.noconvert(),
         nb::kw_only(), "target_col"_a.noconvert() = nb::none(), "target_exp"_a.noconvert() = nb::none(),
         "accumulate"_a = false, "threads"_a = 1, "isa"_a = "auto");
+  m.def("exp2_rowsum_block_", &mmrlhf::exp2_rowsum_block_, "tile"_a.noconvert(), "offset"_a.noconvert(),
+        "rest"_a.noconvert(), "target"_a.noconvert(), nb::kw_only(), "start"_a, "value"_a.noconvert() = nb::none(),
+        "threads"_a = 1, "isa"_a = "auto");
   mmrlhf::def_preference(m, "preference_", nb::device::cpu::value, &mmrlhf::preference_cpu);
   m.def("build_info", &mmrlhf::build_info);
   mmrlhf::bind_exp2_gemm(m);

@@ -90,15 +90,16 @@ struct Exp2RowsumArguments {
   float* target_exp = nullptr;
 
   Exp2RowsumArguments(const Array& tile_, const Array& offset_, const Array& sums_, const std::optional<Array>& target_col_,
-                      const std::optional<Array>& target_exp_, int device_type) {
+                      const std::optional<Array>& target_exp_, int device_type, const char* sums_name = "sums",
+                      const char* target_name = "target_col") {
     stride = check_tile("tile", tile_, device_type);
     const int device = tile_.device_id();
     tile = static_cast<float*>(tile_.data());
     rows = static_cast<int64_t>(tile_.shape(0));
     cols = static_cast<int64_t>(tile_.shape(1));
     offset = check_rows<float>("offset", offset_, rows, device_type, device);
-    sums = check_rows<float>("sums", sums_, rows, device_type, device);
-    if (target_col_) target_col = check_rows<int64_t>("target_col", *target_col_, rows, device_type, device);
+    sums = check_rows<float>(sums_name, sums_, rows, device_type, device);
+    if (target_col_) target_col = check_rows<int64_t>(target_name, *target_col_, rows, device_type, device);
     if (target_exp_) {
       if (!target_col_) throw nb::value_error("target_exp needs target_col, which is None");
       target_exp = check_rows<float>("target_exp", *target_exp_, rows, device_type, device);

@@ -40,6 +40,23 @@ def exp2_rowsum_(
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, stride, device, isa or number of threads.
     """
 
+def exp2_rowsum_block_(
+    tile: Any,  # [rows, cols] float32, columns contiguous; in place
+    offset: Any,  # [rows] float32, integers k with |k| < 2^23
+    rest: Any,  # [rows] float32, added to
+    target: Any,  # [rows] int64
+    *,
+    start: int,  # the token of the tile's first column
+    value: Any | None = None,  # [rows] float32
+    threads: int = 1,
+    isa: str = "auto",
+) -> None:
+    """exp2_rowsum_ on a block of a head's logits: all that one tile takes between two GEMMs.
+
+    Where start <= target[r] < start + cols, that column is left out of the sum and becomes value[r], or 0. The sum is
+    added to rest[r]. Errors as exp2_rowsum_, ValueError for a negative start too.
+    """
+
 def exp2_rowsum_cuda(
     tile: Any,
     offset: Any,

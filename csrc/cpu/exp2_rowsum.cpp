@@ -1,5 +1,7 @@
 #include "exp2_rowsum.h"
 
+#include <limits>
+
 #include "../../kernels/cuda/formulas.cuh"
 #include "parallel.h"
 
@@ -40,31 +42,58 @@ Isa best_isa() {
   return best;
 }
 
-void exp2_rowsum(const Tile& tile, const float* offset, float* sums, const int64_t* target_col, float* target_exp,
-                 bool accumulate, Isa isa, int threads) {
-  auto* row_of = &exp2_row_scalar;
+namespace {
+
+using RowOf = double (*)(float*, int64_t, float);
+
+RowOf row_of(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx2) row_of = &exp2_row_avx2;
-  if (isa == Isa::avx512) row_of = &exp2_row_avx512;
+  if (isa == Isa::avx2) return &exp2_row_avx2;
+  if (isa == Isa::avx512) return &exp2_row_avx512;
 #endif
+  return &exp2_row_scalar;
+}
+
+// Calls body(row, its values) for every row, on at most `threads` threads.
+template <typename Body>
+void for_rows(const Tile& tile, int threads, const Body& body) {
   // A thread is worth waking for about 16 us of work: 32k elements at 0.5 ns each.
   constexpr int64_t kWorthAThread = 1 << 15;
   const int64_t useful = 1 + tile.rows * tile.cols / kWorthAThread;
   parallel_rows(tile.rows, useful < threads ? static_cast<int>(useful) : threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      float* values = tile.values + row * tile.stride;
-      const int64_t target = target_col == nullptr ? -1 : target_col[row];
-      double sum;
-      if (target >= 0 && target < tile.cols) {
-        const float e = exp2_offset(values[target], offset[row]);
-        sum = row_of(values, target, offset[row]) + row_of(values + target + 1, tile.cols - target - 1, offset[row]);
-        values[target] = e;
-        if (target_exp != nullptr) target_exp[row] = e;
-      } else {
-        sum = row_of(values, tile.cols, offset[row]);
-      }
-      sums[row] = static_cast<float>(accumulate ? sums[row] + sum : sum);
+    for (int64_t row = begin; row < end; ++row) body(row, tile.values + row * tile.stride);
+  });
+}
+
+}  // namespace
+
+void exp2_rowsum(const Tile& tile, const float* offset, float* sums, const int64_t* target_col, float* target_exp,
+                 bool accumulate, Isa isa, int threads) {
+  const RowOf pass = row_of(isa);
+  for_rows(tile, threads, [&](int64_t row, float* values) {
+    const int64_t target = target_col == nullptr ? -1 : target_col[row];
+    double sum;
+    if (target >= 0 && target < tile.cols) {
+      const float e = exp2_offset(values[target], offset[row]);
+      sum = pass(values, target, offset[row]) + pass(values + target + 1, tile.cols - target - 1, offset[row]);
+      values[target] = e;
+      if (target_exp != nullptr) target_exp[row] = e;
+    } else {
+      sum = pass(values, tile.cols, offset[row]);
     }
+    sums[row] = static_cast<float>(accumulate ? sums[row] + sum : sum);
+  });
+}
+
+void exp2_rowsum_block(const Tile& tile, const float* offset, float* rest, const int64_t* target, int64_t start,
+                       const float* target_value, Isa isa, int threads) {
+  const RowOf pass = row_of(isa);
+  for_rows(tile, threads, [&](int64_t row, float* values) {
+    const int64_t column = target[row] - start;
+    const bool here = target[row] >= start && column < tile.cols;
+    if (here) values[column] = -std::numeric_limits<float>::infinity();  // whose exponential is 0
+    rest[row] = static_cast<float>(rest[row] + pass(values, tile.cols, offset[row]));
+    if (here && target_value != nullptr) values[column] = target_value[row];
   });
 }
 

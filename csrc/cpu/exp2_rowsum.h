@@ -29,4 +29,9 @@ Isa best_isa();
 void exp2_rowsum(const Tile& tile, const float* offset, float* sums, const int64_t* target_col, float* target_exp,
                  bool accumulate, Isa isa, int threads);
 
+// One block of a head's logits, whose first column is token `start`: the target's column, where the block has it, is
+// left out of the sum and becomes target_value[row], or 0 if that is null; the sum is added to rest[row].
+void exp2_rowsum_block(const Tile& tile, const float* offset, float* rest, const int64_t* target, int64_t start,
+                       const float* target_value, Isa isa, int threads);
+
 }  // namespace mmrlhf::cpu

@@ -29,11 +29,22 @@ def isa() -> str:
     return _C.build_info()["isa"]
 
 
-def exp2_rowsum_(tile: Tensor, offset: Tensor) -> Tensor:
-    """`streaming.exp2_rowsum_`, compiled: tile [n, c] float32 in place; returns row sums [n]."""
-    sums = torch.empty_like(offset)
-    _C.exp2_rowsum_(tile, offset, sums, threads=torch.get_num_threads())
-    return sums
+def exp2_rowsum_(
+    tile: Tensor,  # [n, c] float32
+    offset: Tensor,  # [n]
+    rest: Tensor | None = None,  # [n] float32
+    targets: Tensor | None = None,  # [n] int64
+    start: int = 0,
+    value: Tensor | None = None,  # [n] float32
+) -> Tensor:
+    """`streaming.exp2_rowsum_` in one compiled call: 60 us of cold Python and PyTorch less for each op it replaces,
+    which between GEMMs that fill the caches is 0.5% of the time an op."""
+    if rest is None or targets is None:
+        sums = torch.empty_like(offset)
+        _C.exp2_rowsum_(tile, offset, sums, threads=torch.get_num_threads())
+        return sums
+    _C.exp2_rowsum_block_(tile, offset, rest, targets, start=start, value=value, threads=torch.get_num_threads())
+    return rest
 
 
 def forward(head: Head, hidden: Tensor, targets: Tensor, **options: Any) -> tuple[Rows, Tensor | None]:

@@ -32,12 +32,38 @@ def exp2_(logits: Tensor, offset: Tensor) -> Tensor:
     return logits.sub_(offset * LN2).mul_(LOG2E).exp2_()
 
 
-def exp2_rowsum_(tile: Tensor, offset: Tensor) -> Tensor:
-    """tile [n, c] <- 2^(tile * log2(e) - offset [n]), in place; returns row sums [n]: all a compiled epilogue does."""
-    return exp2_(tile, offset[:, None]).sum(1)
+def exp2_rowsum_(
+    tile: Tensor,  # [n, c] float32, logits of the columns from `start` on
+    offset: Tensor,  # [n]
+    rest: Tensor | None = None,  # [n] float32
+    targets: Tensor | None = None,  # [n] int64
+    start: int = 0,
+    value: Tensor | None = None,  # [n] float32
+) -> Tensor:
+    """tile <- 2^(tile * log2(e) - offset), in place; returns row sums [n]. All that a compiled epilogue does.
+
+    With `rest` and `targets`, for a block of a head: the target's column, where the block has it, is left out of the
+    sum and becomes `value`, or 0; and the sums are added to `rest`, which is returned.
+    """
+    if rest is None or targets is None:
+        return exp2_(tile, offset[:, None]).sum(1)
+    place_(tile, targets, start, -math.inf)
+    rest += exp2_(tile, offset[:, None]).sum(1)
+    if value is not None:
+        place_(tile, targets, start, value)
+    return rest
 
 
-Epilogue = Callable[[Tensor, Tensor], Tensor]
+def place_(tile: Tensor, targets: Tensor, start: int, value: float | Tensor) -> None:
+    """Write `value` into each row's target column, where the block from `start` on has it, without waiting for the
+    device. tile [n, c], targets [n]."""
+    local = targets - start
+    inside = (local >= 0) & (local < tile.shape[1])
+    index = local.clamp(0, tile.shape[1] - 1)[:, None]
+    tile.scatter_(1, index, torch.where(inside, value, tile.gather(1, index)[:, 0])[:, None])
+
+
+Epilogue = Callable[..., Tensor]  # as exp2_rowsum_
 
 
 def offset_of(logit: Tensor) -> Tensor:
@@ -85,7 +111,7 @@ class Head:
         Contiguous, as hidden is, so that a strided input gives bitwise what its copy gives.
         """
         block = self.weight[start:stop].contiguous()
-        return block if self.wide else block.float()
+        return block if self.wide or block.dtype == torch.float32 else block.float()
 
     def up_block(self, start: int, stop: int) -> Tensor:
         """Rows of B in float32. [stop - start, r]"""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmrlhf.ops.head import LN2, LOG2E, Epilogue, Head, Rows, exp2_, exp2_rowsum_, offset_of
+from mmrlhf.ops.head import LN2, LOG2E, Epilogue, Head, Rows, exp2_, exp2_rowsum_, offset_of, place_
 from mmrlhf.ops.reference import FusedPreferenceOutput, Objective
 
 __all__ = [
@@ -52,17 +52,19 @@ class Tiles:
     columns: int
 
 
-# Measured on 2 cores (1 MiB L2 each), H = 896: a [512, 1024] float32 tile is within 1% of the best; tiles of 8 MiB and
-# more cost up to 2x in the GEMM. On CUDA a tile only has to fill the device and bound the memory.
-_TILE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-_ROWS = {"cpu": 512, "cuda": 8192}
-_COLUMNS = {"cpu": 2048, "cuda": 16384}
+# Measured on 2 cores (512 KiB of L2 each), H = 896, both GEMMs and the pass, medians of 24 interleaved rounds:
+# N = 2048: [1024, 1024] 1.88 U, [2048, 1024] 1.93, [512, 1024] 1.94, [512, 512] 2.09; N = 128 to 512: 512 to 2048
+# columns are within 2% of each other. On CUDA a tile only has to fill the device and bound the memory.
+_TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_ROWS = {"cpu": 1024, "cuda": 8192}
+_COLUMNS = {"cpu": 1536, "cuda": 16384}
 
 
 def pick(rows: int, vocab: int, device_type: str = "cpu") -> Tiles:
-    """Tile of logits for N rows and V columns: full rows up to a cap, columns from what is left of the byte budget."""
+    """Tile of logits for N rows and V columns: equal parts of the rows, columns from the rest of the byte budget."""
     kind = device_type if device_type in _TILE_BYTES else "cuda"
-    tile_rows = max(1, min(rows, _ROWS[kind]))
+    parts = max(1, -(-rows // _ROWS[kind]))
+    tile_rows = max(1, -(-rows // parts))
     columns = _TILE_BYTES[kind] // (4 * tile_rows)
     return Tiles(tile_rows, max(1, min(vocab, columns, _COLUMNS[kind])))
 
@@ -88,6 +90,16 @@ class Kept:
 
     def tile(self, start: int, stop: int) -> Tensor:
         return self.flat[start * self.rows : stop * self.rows].view(self.rows, stop - start)
+
+    def place_(self, targets: Tensor, value: Tensor) -> None:
+        """Write `value` [n] into each row's target column, all tiles in one go; a target of -1 has none."""
+        if self.vocab == 0:
+            return
+        column = targets.clamp(min=0)
+        start = column.div(self.columns, rounding_mode="floor") * self.columns
+        width = (self.vocab - start).clamp(max=self.columns)
+        index = start * self.rows + torch.arange(self.rows, device=targets.device) * width + (column - start)
+        self.flat.scatter_(0, index, torch.where(targets >= 0, value, self.flat[index]))
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         for start in range(0, self.vocab, self.columns):
@@ -124,7 +136,7 @@ def forward(
 
     `keep` is filled with E, its target columns fixed, so that `weight_grad` needs no recompute.
     """
-    targets = head.local(targets)
+    targets = head.local(targets).contiguous()
     z_y, slope_y = head.target(head.rows(hidden), targets, low)
     rows = Rows(targets, z_y, slope_y, offset_of(z_y), torch.empty_like(z_y), epilogue=epilogue)
     grad = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if unit else None
@@ -136,9 +148,7 @@ def forward(
     if bad.any():
         _redo(head, hidden, low, rows, out, bad.nonzero()[:, 0])
     if keep is not None:
-        fix = rows.target_fix()
-        for start, _, tile in keep.tiles():
-            _place(tile, targets, start, fix)
+        keep.place_(targets, rows.target_fix())
     return rows, grad
 
 
@@ -156,54 +166,85 @@ def _sweep(head: Head, hidden: Tensor, low: Tensor | None, rows: Rows, out: _Swe
     units = [] if out.unit is None else [(out.unit, head.weight)]
     if out.unit_low is not None and head.up is not None:
         units.append((out.unit_low, head.up))
-    for total in (rows.rest, *(unit for unit, _ in units)):
+    for total in (rows.rest, *(grad for grad, _ in units)):
         total.zero_()
-    for some, start, stop, tile, block in _exponentials(head, hidden, low, rows, keep=out.keep):
-        if out.unit is not None:
-            _addmm(out.unit[some], tile, block)
-        if out.unit_low is not None:
-            _addmm(out.unit_low[some], tile, head.up_block(start, stop))
+    size = pick(hidden.shape[0], head.weight.shape[0], hidden.device.type).rows
+    unit = None if out.unit is None else out.unit.split(size)
+    unit_low = None if out.unit_low is None else out.unit_low.split(size)
+    for part, start, stop, tile, block in _exponentials(head, hidden, low, rows, keep=out.keep):
+        if unit is not None:
+            _addmm(unit[part.index], tile, block)
+        if unit_low is not None:
+            _addmm(unit_low[part.index], tile, head.up_block(start, stop))
     head.sum_(rows.rest)
     # dlogp/dz_v = 1[v = y] - E_v / S, and 1 - p_y = S' / S, exact as p_y -> 1.
     scale = head.logit_scale / rows.total if units else rows.rest
-    for unit, matrix in units:
-        unit.mul_(-scale[:, None])
-        unit.addcmul_(head.at(matrix, rows.targets), (-rows.target_fix() * scale)[:, None])
-        head.sum_(unit)
+    for grad, matrix in units:
+        grad.mul_(-scale[:, None])
+        grad.addcmul_(head.at(matrix, rows.targets), (-rows.target_fix() * scale)[:, None])
+        head.sum_(grad)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Views of the rows that share a tile, made once a pass: 60 us each, cold, between GEMMs that fill the caches."""
+
+    index: int
+    some: slice
+    rows: Tensor  # [n, H], as the GEMM takes them
+    low: Tensor | None  # [n, r]
+    offset: Tensor  # [n]
+    rest: Tensor  # [n]
+    targets: Tensor  # [n]
+    fix: Tensor | None  # [n]
+
+
+def _parts(
+    head: Head, hidden: Tensor, low: Tensor | None, rows: Rows, size: int, fix: Tensor | None
+) -> tuple[_Part, ...]:
+    count, scaled = hidden.shape[0], head.rows(hidden)
+    found = []
+    for index, first in enumerate(range(0, count, size)):
+        some = slice(first, min(first + size, count))
+        vectors = (rows.offset[some], rows.rest[some], rows.targets[some], None if fix is None else fix[some])
+        found.append(_Part(index, some, scaled[some], None if low is None else low[some], *vectors))
+    return tuple(found)
 
 
 def _exponentials(
-    head: Head, hidden: Tensor, low: Tensor | None, rows: Rows, *, keep: Kept | None = None
-) -> Iterator[tuple[slice, int, int, Tensor, Tensor]]:
-    """Yield (row slice, start, stop, E [n, c] with 0 at the targets, weight block) and add to `rows.rest`."""
+    head: Head,
+    hidden: Tensor,
+    low: Tensor | None,
+    rows: Rows,
+    *,
+    keep: Kept | None = None,
+    fix: Tensor | None = None,
+) -> Iterator[tuple[_Part, int, int, Tensor, Tensor]]:
+    """Yield (rows, start, stop, E [n, c] with `fix`, or 0, at the targets, weight block) and add to `rows.rest`."""
     vocab, count = head.weight.shape[0], hidden.shape[0]
     size = pick(count, vocab, hidden.device.type)
     columns = keep.columns if keep is not None else size.columns
-    scaled = head.rows(hidden)
+    parts = _parts(head, hidden, low, rows, size.rows, fix)
     spare = torch.empty(0 if keep else size.rows * columns, dtype=torch.float32, device=hidden.device)
+    views: dict[tuple[int, int], Tensor] = {}
     for start in range(0, vocab, columns):
         stop = min(start + columns, vocab)
         block = head.block(start, stop)
-        for first in range(0, count, size.rows):
-            some = slice(first, min(first + size.rows, count))
+        for part in parts:
             if keep is not None:
-                tile = keep.tile(start, stop)[some]
+                tile = keep.tile(start, stop)[part.some]
             else:
-                tile = spare[: (some.stop - first) * (stop - start)].view(some.stop - first, stop - start)
-            slope = head.project_(scaled[some], block, start, tile, None if low is None else low[some])
-            _place(tile, rows.targets[some], start, -math.inf)
-            rows.rest[some] += rows.epilogue(tile, rows.offset[some])
+                shape = (part.rows.shape[0], stop - start)
+                if shape not in views:
+                    views[shape] = spare[: math.prod(shape)].view(shape)
+                tile = views[shape]
+            slope = head.project_(part.rows, block, start, tile, part.low)
+            rows.epilogue(tile, part.offset, part.rest, part.targets, start, part.fix if slope is None else None)
             if slope is not None:
                 tile.mul_(slope)
-            yield some, start, stop, tile, block
-
-
-def _place(tile: Tensor, targets: Tensor, start: int, value: float | Tensor) -> None:
-    """Write `value` into each row's target column, where the block has it, without waiting for the device."""
-    local = targets - start
-    inside = (local >= 0) & (local < tile.shape[1])
-    index = local.clamp(0, tile.shape[1] - 1)[:, None]
-    tile.scatter_(1, index, torch.where(inside, value, tile.gather(1, index)[:, 0])[:, None])
+                if part.fix is not None:
+                    place_(tile, part.targets, start, part.fix)
+            yield part, start, stop, tile, block
 
 
 def _addmm(out: Tensor, left: Tensor, right: Tensor, *, add: bool = True) -> None:
@@ -214,7 +255,7 @@ def _addmm(out: Tensor, left: Tensor, right: Tensor, *, add: bool = True) -> Non
         else:
             torch.mm(left.bfloat16(), right, out_dtype=torch.float32, out=out)
     elif add:
-        out.addmm_(left, right.float())
+        out.addmm_(left, right if right.dtype == torch.float32 else right.float())
     else:
         torch.mm(left, right.float(), out=out)
 
@@ -337,6 +378,5 @@ def _final_tiles(
         return
     fix = rows.target_fix()
     again = dataclasses.replace(rows, rest=torch.zeros_like(rows.rest))
-    for some, start, stop, tile, _ in _exponentials(head, hidden, low, again):
-        _place(tile, rows.targets[some], start, fix[some])
-        yield some, start, stop, tile
+    for part, start, stop, tile, _ in _exponentials(head, hidden, low, again, fix=fix):
+        yield part.some, start, stop, tile

@@ -145,6 +145,42 @@ def test_accumulate_over_blocks_of_the_vocabulary(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("given", [False, True])
+def test_block_of_a_head(isa, given):
+    """Bitwise exp2_rowsum_ on a tile whose target is -inf, the value put in afterwards, and added to what was there."""
+    z, k = logits(9, 131)
+    target, rest = torch.tensor([-1, 99, 100, 101, 150, 229, 230, 231, 10**12]), torch.rand(9)
+    value = torch.rand(9)
+    plain, inside = z.copy(), [(row, int(t) - 100) for row, t in enumerate(target) if 100 <= t < 231]
+    for row, column in inside:
+        plain[row, column] = -np.inf
+    tile, sums = run(plain, k, isa=isa)
+    for row, column in inside:
+        tile[row, column] = value[row] if given else 0
+    block, total = torch.from_numpy(z), rest.clone()
+    options = {"start": 100, "value": value if given else None, "isa": isa, "threads": 2}
+    _C.exp2_rowsum_block_(block, torch.from_numpy(k), total, target, **options)
+    np.testing.assert_array_equal(block.numpy(), tile)
+    np.testing.assert_allclose(total.numpy(), rest.numpy() + sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"rest": torch.zeros(4)}, ValueError, "rest must have shape [3]"),
+        ({"target": torch.zeros(3)}, TypeError, "target must be int64, got float32"),
+        ({"value": torch.zeros(3, 1)}, ValueError, "value must have shape [3]"),
+        ({"start": -1}, ValueError, "start must be at least 0, got -1"),
+        ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
+    ],
+)
+def test_bad_block_arguments(changed, error, message):
+    given = {"rest": torch.zeros(3), "target": torch.zeros(3, dtype=torch.int64), "start": 0} | changed
+    with pytest.raises(error, match=re.escape(message)):
+        _C.exp2_rowsum_block_(torch.zeros(3, 8), torch.zeros(3), given.pop("rest"), given.pop("target"), **given)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_strided_tile_writes_nothing_else(isa):
     z, k = logits(7, 45)
     wide = torch.full((7, 64), 123.0)

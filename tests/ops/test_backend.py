@@ -149,3 +149,35 @@ def test_exponentials_of_the_backends_agree():
     for values in zip(*tiles, strict=True):
         torch.testing.assert_close(*values, rtol=1e-5, atol=0, equal_nan=True)
     torch.testing.assert_close(tiles[1][0], truth.float(), rtol=3e-7, atol=1e-44, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [None, "given"])
+@pytest.mark.parametrize("start", [0, 100, 231])
+def test_a_block_of_a_head_is_the_same_on_the_backends(start, value):
+    """Targets before, in (first and last column too), behind and outside of the block; another rank's is -1."""
+    pytest.importorskip("mmrlhf._C", reason="the extension is not built")
+    g = torch.Generator().manual_seed(start)
+    z, rest = torch.randn(9, 131, generator=g) * 20, torch.rand(9, generator=g)
+    targets = torch.tensor([0, 99, 100, 130, 150, 230, 231, 361, -1])
+    value = None if value is None else torch.randn(9, generator=g)
+    offset = streaming.offset_of(z[:, 0])
+    found = []
+    for name in ("torch", "cpu"):
+        tile, sums = z.clone(), rest.clone()
+        backend.engine(name).exp2_rowsum_(tile, offset, sums, targets, start, value)
+        found.append((tile, sums))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
+    truth = torch.exp2(z.double() * streaming.LOG2E - offset.double()[:, None])
+    for row, target in enumerate(targets.tolist()):
+        if 0 <= target - start < 131:
+            truth[row, target - start] = 0
+            assert found[1][0][row, target - start] == (0 if value is None else value[row])
+    torch.testing.assert_close(found[1][1], (rest + truth.sum(1)).float(), rtol=1e-6, atol=0)
+
+
+def test_strided_targets_reach_the_compiled_pass():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=g), torch.randn(50, 8, generator=g)
+    targets = torch.randint(0, 50, (12,), generator=g)[::2]
+    assert torch.equal(linear_logp(hidden, weight, targets), linear_logp(hidden, weight, targets.clone()))
