@@ -36,6 +36,8 @@ from benchmarks.aot_cases import Case, cases
 from mmrlhf.kernels.triton import configs, linear_logp
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+RESERVED = 1024  # bytes of shared memory that every program takes besides its own (CUDA programming guide)
+REGISTERS = 65536  # of a multiprocessor
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "USETMAXREG", "STL", "LDL")
 
 
@@ -55,7 +57,9 @@ def compile_case(case: Case, arch: int) -> Result:
     signature = {name: "constexpr" if name in case.constants else case.types.get(name, "i32") for name in names}
     # What is divisible by 16 wherever these configurations are picked: pointers, and an aligned matrix's strides.
     even = ["tile_stride", "out_stride", "product_stride", "weight_stride", "hidden_stride", "width"]
-    divisible = [n for n in names if signature[n].startswith("*") or (n in even and signature[n] == "i32")]
+    unaligned = {p.name for p in case.kernel.params if p.do_not_specialize_on_alignment}
+    pointers = {n for n in names if signature[n].startswith("*")} - unaligned
+    divisible = [n for n in names if n in pointers or (n in even and signature[n] == "i32")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=attributes)
     options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
@@ -121,9 +125,15 @@ def faults(case: Case, result: Result, arch: int) -> list[str]:
     spills = result.counts["STL"] + result.counts["LDL"]
     if case.hot and (result.stack or spills):
         found.append(f"spills: {result.stack} bytes of stack, {spills} local loads and stores")
-    limit = configs.SHARED_LIMIT[arch]
+    programs = getattr(case.config, "programs", 1)
+    limit = (configs.SHARED_LIMIT[arch] + RESERVED) // programs - RESERVED
     if result.shared > limit:
         found.append(f"shared memory {result.shared} B is over the {limit} B of sm_{arch}")
+    registers = REGISTERS // (programs * 32 * case.config.num_warps)
+    if result.registers > registers:
+        found.append(
+            f"{result.registers} registers are over the {registers} that {programs} programs leave each thread"
+        )
     found += [f"no {name} in the SASS" for name in case.needs if not result.counts[name]]
     return found
 

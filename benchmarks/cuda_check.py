@@ -34,9 +34,18 @@ CUTLASS_ARCHITECTURES = ("90a",)
 CANNOT = 77
 
 # Kernels that every logit or hidden value goes through: a spill in one of them is a fault.
-HOT = ("exp2_gemm_sm90", "exp2_rowsum_kernel", "exp2_epilogue_kernel", "target_logit_kernel", "unit_gradient_kernel")
-# Kernels that a few numbers a row or a batch go through, in float64.
-COLD = ("finish_kernel", "preference_kernel")
+HOT = (
+    "exp2_gemm_sm90",
+    "exp2_rowsum_kernel",
+    "exp2_epilogue_kernel",
+    "redo_kernel",
+    "redo_unit_kernel",
+    "target_logit_kernel",
+    "token_statistics_kernel",
+    "unit_gradient_kernel",
+)
+# Kernels that a few numbers a row or a batch go through, most of them in float64.
+COLD = ("finish_kernel", "finish_statistics_kernel", "preference_kernel", "redo_offset_kernel", "select_kernel")
 # What the Hopper GEMM is for, and has to be in its machine code.
 NEEDED = ("HGMMA", "UTMALDG", "UTMASTG")
 

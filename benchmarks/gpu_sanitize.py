@@ -21,10 +21,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import sanitize_cuda
 from benchmarks.gpu_contestants import describe
 from benchmarks.gpu_small import objective
-from mmrlhf.kernels.triton import configs, launch, launch_preference
+from mmrlhf.kernels.triton import configs, launch, launch_preference, launch_redo
 from mmrlhf.kernels.triton.configs import GemmConfig
+from mmrlhf.ops._gemm import padded
 from numerics import plain_logp
 
 # Rows, H, V: less than a tile and ragged; one more than a tile of rows, and V one more than a multiple of the tiles.
@@ -91,7 +93,7 @@ def chain(tiny: Tiny, config: object, *, statistics: bool, keep: bool) -> None:
     assert isinstance(config, (GemmConfig, configs.EpilogueConfig))
     partial = tiny.empty(launch.STATISTICS if statistics else 1, launch.partial_tiles(vocab, config), rows)
     dtype = torch.bfloat16 if tiny.hidden.dtype == torch.bfloat16 else torch.float32
-    e = tiny.empty(rows, launch.padded(vocab), dtype=dtype)[:, :vocab] if keep else None
+    e = tiny.empty(rows, padded(vocab), dtype=dtype)[:, :vocab] if keep else None
     if isinstance(config, GemmConfig):
         launch.exp2_gemm(tiny.hidden, tiny.weight, e, **common, partial=partial, config=config)
     else:
@@ -161,30 +163,50 @@ def preference_check(responses: int, device: torch.device) -> None:
     assert out.coef.cpu().isfinite().all(), "coefficients that no program wrote"
 
 
-def extension_check(rows: int, columns: int, device: torch.device) -> None:
-    """The CUDA C++ op, where it is built."""
-    from mmrlhf import _C
-
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, columns, generator=g)
-    tile, offset = logits.to(device), torch.zeros(rows).to(device)
-    sums, target = torch.full((rows,), torch.nan).to(device), torch.randint(0, columns, (rows,), generator=g).to(device)
-    taken = torch.full((rows,), torch.nan).to(device)
-    stream = torch.cuda.current_stream().cuda_stream
-    _C.exp2_rowsum_cuda(tile, offset, sums, target_col=target, target_exp=taken, stream=stream)
-    truth = logits.double().exp()
-    total = truth.sum(1) - truth.gather(1, target.cpu()[:, None])[:, 0]
-    assert torch.allclose(sums.cpu().double(), total, rtol=1e-5), "row sums are off"
-    assert torch.allclose(tile.cpu().double(), truth, rtol=1e-5), "exponentials are off"
+def redo_check(shape: tuple[int, int, int], device: torch.device, by_row: bool) -> None:
+    """The kernels that run rows again, of all rows and of a part of them, in the place of an ordinary pass."""
+    tiny = Tiny.make(shape, device, bias=True, softcap=30.0)
+    rows, vocab = tiny.product.shape
+    dtype = torch.bfloat16 if tiny.hidden.dtype == torch.bfloat16 else torch.float32
+    z_y, offset, slope = tiny.empty(rows), tiny.empty(rows), tiny.empty(rows)
+    options = {"bias": tiny.bias, "epilogue": tiny.epilogue}
+    launch.target_logit(tiny.hidden, tiny.weight, tiny.target, **options, z_y=z_y, slope_y=slope, offset=offset)
+    rest, logp = tiny.empty(rows), tiny.empty(rows)
+    chosen = launch_redo.select(rest, z_y=z_y, offset=offset)  # a NaN is chosen
+    assert int(chosen.count) == rows, f"{int(chosen.count)} of {rows} rows chosen"
+    unit, vectors = tiny.empty(*tiny.hidden.shape), {"z_y": z_y, "offset": offset, "rest": rest}
+    options["target"] = tiny.target
+    half = -(-rows // 2)
+    for first in range(0, rows, half):
+        part = chosen.part(first, half)
+        launch_redo.maximum_(tiny.hidden, tiny.weight, part, offset=offset, **options)
+        found = launch.Statistics.empty(rows, device) if first else None
+        partial_sums = launch_redo.partial_sums(part, tiny.weight, statistics=found is not None)
+        e = tiny.empty(rows if by_row else part.capacity, padded(vocab), dtype=dtype)[:, :vocab]
+        words = {"offset": offset, "partial": partial_sums, "by_row": by_row, **options}
+        launch_redo.exponentials(tiny.hidden, tiny.weight, e, part, **words)
+        launch_redo.finish(partial_sums, part, vocab=vocab, logp=logp, statistics=found, **vectors)
+        words = {"target": tiny.target, "slope_y": slope, "logit_scale": 1.0, "by_row": by_row, **vectors}
+        launch_redo.unit_gradient_(unit, e, tiny.weight, part, **words)
+    error = (logp.cpu().double() - tiny.truth).abs().max().item()
+    assert error < LIMIT, f"logp is {error:.1e} nats off"
+    assert unit.cpu().isfinite().all(), "redo's unit_gradient_ left entries unwritten"
+    again = launch_redo.select(rest, z_y=z_y, offset=offset, done=True)
+    assert int(again.count) == int((offset.cpu() - z_y.cpu() * launch.LOG2E > 32).sum()), "the rows that were done"
 
 
 def checks(device: torch.device) -> Iterator[tuple[str, Check]]:
     """Name and check, the cheap ones first."""
     for responses in (2, 64):
         yield f"preference R={responses}", partial(preference_check, responses, device)
+    for shape in SHAPES:
+        for by_row in (False, True):
+            yield f"redo {'by row' if by_row else 'by place'} {list(shape)}", partial(redo_check, shape, device, by_row)
     if device.type == "cuda" and extension():
-        for rows, columns in ((3, 1), (33, 1003)):
-            yield f"exp2_rowsum_cuda [{rows}, {columns}]", partial(extension_check, rows, columns, device)
+        from mmrlhf import _C
+
+        built = _C.build_info()["exp2_gemm"] and torch.cuda.get_device_capability() == (9, 0)
+        yield from sanitize_cuda.checks(_C, device, hopper_built=bool(built))
     yield from variants(device)
 
 
@@ -219,7 +241,7 @@ def main(words: list[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize()
     if device.type == "cuda" and not extension():
-        print("left out: exp2_rowsum_cuda, the extension is not built with CUDA")
+        print("left out: the CUDA C++ kernels, the extension is not built with CUDA")
     print(f"{count} launches checked, {failed} failed")
     return 1 if failed or not count else 0
 

@@ -113,17 +113,31 @@ void exp2_epilogue_cuda(const Array& tile, const Optional& out, const Array& tar
   launch("exp2_epilogue_cuda", cuda::exp2_epilogue, a, device, stream);
 }
 
+// Places first ... first + capacity of the chosen rows; `rows` is how many there are to choose from.
+cuda::Chosen chosen_of(const Array& index, const Array& count, int64_t first, int64_t capacity, int64_t rows, int device) {
+  if (first < 0 || capacity < 0 || first + capacity > rows) {
+    throw nb::value_error(("first and capacity must lie within the " + std::to_string(rows) + " rows, got " +
+                           std::to_string(first) + " and " + std::to_string(capacity))
+                              .c_str());
+  }
+  return {check_array<int32_t>("index", index, {rows}, kCuda, device),
+          check_array<int32_t>("count", count, {1}, kCuda, device), first, capacity};
+}
+
 void finish_cuda(const Array& partial, const Array& z_y, const Array& offset, const Array& rest, const Array& logp,
-                 uintptr_t stream) {
+                 const Optional& index, const Optional& count, int64_t first, uintptr_t stream) {
   const int device = partial.device_id();
   const Matrix p("partial", partial, device);
   if (p.half) throw nb::type_error("partial must be float32, got bfloat16");
   cuda::Finish a{};
+  if (index.has_value() != count.has_value()) throw nb::value_error("index goes with count");
+  const int64_t rows = index && z_y.ndim() == 1 ? static_cast<int64_t>(z_y.shape(0)) : p.cols;
   a.partial = static_cast<const float*>(p.data);
-  a.z_y = check_array<float>("z_y", z_y, {p.cols}, kCuda, device);
-  a.offset = check_array<float>("offset", offset, {p.cols}, kCuda, device);
-  a.rest = check_array<float>("rest", rest, {p.cols}, kCuda, device);
-  a.logp = check_array<float>("logp", logp, {p.cols}, kCuda, device);
+  a.z_y = check_array<float>("z_y", z_y, {rows}, kCuda, device);
+  a.offset = check_array<float>("offset", offset, {rows}, kCuda, device);
+  a.rest = check_array<float>("rest", rest, {rows}, kCuda, device);
+  a.logp = check_array<float>("logp", logp, {rows}, kCuda, device);
+  if (index) a.chosen = chosen_of(*index, *count, first, p.cols, rows, device);
   a.rows = p.cols, a.tiles = p.rows, a.stride = p.stride;
   launch("finish_cuda", cuda::finish, a, device, stream);
 }
@@ -149,6 +163,157 @@ void unit_gradient_cuda(const Array& product, const Array& weight, const Array& 
   launch("unit_gradient_cuda", cuda::unit_gradient, a, device, stream);
 }
 
+void select_cuda(const Array& rest, const Array& z_y, const Array& offset, const Array& index, const Array& count,
+                 bool done, uintptr_t stream) {
+  const int device = rest.device_id();
+  cuda::Select a{};
+  a.rows = rest.ndim() == 1 ? static_cast<int64_t>(rest.shape(0)) : 0;
+  a.rest = check_array<float>("rest", rest, {a.rows}, kCuda, device);
+  a.z_y = check_array<float>("z_y", z_y, {a.rows}, kCuda, device);
+  a.offset = check_array<float>("offset", offset, {a.rows}, kCuda, device);
+  a.index = check_array<int32_t>("index", index, {a.rows}, kCuda, device);
+  a.count = check_array<int32_t>("count", count, {1}, kCuda, device);
+  a.done = done;
+  launch("select_cuda", cuda::select, a, device, stream);
+}
+
+// What both passes over the chosen rows take.
+cuda::Redo redo_of(const Array& hidden, const Array& weight, const Array& target, const Array& offset,
+                   const Array& index, const Array& count, int64_t first, int64_t capacity, const Optional& bias,
+                   const Optional& low, const Optional& up, double logit_scale, double softcap) {
+  const int device = hidden.device_id();
+  const Matrix h("hidden", hidden, device), w("weight", weight, device);
+  w.want("weight", w.rows, h.cols);
+  if (h.half != w.half) throw nb::type_error("hidden and weight must have one dtype");
+  if (low.has_value() != up.has_value()) throw nb::value_error("low goes with up");
+  cuda::Redo a{};
+  if (low) {
+    const Matrix l("low", *low, device), u("up", *up, device);
+    if (l.half || u.half) throw nb::type_error("low and up must be float32, got bfloat16");
+    l.want("low", h.rows, l.cols);
+    u.want("up", w.rows, l.cols);
+    a.low = static_cast<const float*>(l.data), a.up = static_cast<const float*>(u.data);
+    a.rank = l.cols, a.low_stride = l.stride, a.up_stride = u.stride;
+  }
+  a.hidden = h.data, a.weight = w.data;
+  a.bias = check_optional<float>("bias", bias, {w.rows}, kCuda, device);
+  a.target = check_array<int64_t>("target", target, {h.rows}, kCuda, device);
+  a.offset = check_array<float>("offset", offset, {h.rows}, kCuda, device);
+  a.columns = w.rows, a.width = h.cols, a.hidden_stride = h.stride, a.weight_stride = w.stride;
+  a.chosen = chosen_of(index, count, first, capacity, h.rows, device);
+  a.logit_scale = static_cast<float>(logit_scale), a.softcap = static_cast<float>(softcap);
+  a.half = h.half;
+  return a;
+}
+
+void set_partial(cuda::Redo& a, const Array& partial, int device) {
+  const Matrix p("partial", partial, device);
+  if (p.half) throw nb::type_error("partial must be float32, got bfloat16");
+  p.want("partial", cuda::redo_tiles(a.columns), a.chosen.capacity);
+  a.partial = static_cast<float*>(p.data), a.partial_stride = p.stride;
+}
+
+void redo_maximum_cuda(const Array& hidden, const Array& weight, const Array& target, const Array& offset,
+                       const Array& index, const Array& count, const Array& partial, int64_t first, int64_t capacity,
+                       const Optional& bias, const Optional& low, const Optional& up, double logit_scale,
+                       double softcap, uintptr_t stream) {
+  const int device = hidden.device_id();
+  cuda::Redo a = redo_of(hidden, weight, target, offset, index, count, first, capacity, bias, low, up, logit_scale, softcap);
+  set_partial(a, partial, device);
+  launch("redo_maximum_cuda", cuda::redo_maximum, a, device, stream);
+}
+
+void redo_exponentials_cuda(const Array& hidden, const Array& weight, const Optional& out, const Array& target,
+                            const Array& offset, const Array& index, const Array& count, const Optional& partial,
+                            int64_t first, int64_t capacity, int64_t start, bool by_row, const Optional& bias,
+                            const Optional& low, const Optional& up, double logit_scale, double softcap,
+                            uintptr_t stream) {
+  const int device = hidden.device_id();
+  cuda::Redo a = redo_of(hidden, weight, target, offset, index, count, first, capacity, bias, low, up, logit_scale, softcap);
+  if (out) {
+    const Matrix o("out", *out, device);
+    if (o.half != a.half) throw nb::type_error("out must have the dtype of hidden and weight");
+    o.want("out", by_row ? static_cast<int64_t>(hidden.shape(0)) : capacity, a.columns);
+    a.out = o.data, a.out_stride = o.stride;
+  }
+  if (partial) set_partial(a, *partial, device);
+  a.start = start, a.by_row = by_row;
+  launch("redo_exponentials_cuda", cuda::redo_exponentials, a, device, stream);
+}
+
+void redo_unit_cuda(const Array& unit, const Array& exponentials, const Array& weight, const Array& target,
+                    const Array& z_y, const Array& offset, const Array& rest, const Array& index, const Array& count,
+                    int64_t first, int64_t capacity, bool by_row, const Optional& slope_y, double logit_scale,
+                    uintptr_t stream) {
+  const int device = unit.device_id();
+  const Matrix u("unit", unit, device), e("exponentials", exponentials, device), w("weight", weight, device);
+  if (u.half) throw nb::type_error("unit must be float32, got bfloat16");
+  if (w.half && !e.half) throw nb::type_error("float32 exponentials need a float32 weight, got bfloat16");
+  w.want("weight", w.rows, u.cols);
+  e.want("exponentials", by_row ? u.rows : capacity, w.rows);
+  cuda::RedoUnit a{};
+  a.exponentials = e.data, a.weight = w.data, a.unit = static_cast<float*>(u.data);
+  a.target = check_array<int64_t>("target", target, {u.rows}, kCuda, device);
+  a.z_y = check_array<float>("z_y", z_y, {u.rows}, kCuda, device);
+  a.offset = check_array<float>("offset", offset, {u.rows}, kCuda, device);
+  a.rest = check_array<float>("rest", rest, {u.rows}, kCuda, device);
+  a.slope_y = check_optional<float>("slope_y", slope_y, {u.rows}, kCuda, device);
+  a.vocab = w.rows, a.width = u.cols, a.e_stride = e.stride, a.weight_stride = w.stride, a.unit_stride = u.stride;
+  a.chosen = chosen_of(index, count, first, capacity, u.rows, device);
+  a.logit_scale = static_cast<float>(logit_scale);
+  a.half_e = e.half, a.half_weight = w.half, a.by_row = by_row;
+  launch("redo_unit_cuda", cuda::redo_unit, a, device, stream);
+}
+
+// [kStatistics, tiles, rows] float32, rows side by side.
+float* check_statistics(const Array& partial, int64_t tiles, int64_t rows, int device) {
+  check_kind("partial", partial, nb::dtype<float>(), kCuda, device);
+  const bool shaped = partial.ndim() == 3 && partial.shape(0) == cuda::kStatistics &&
+                      static_cast<int64_t>(partial.shape(1)) == tiles && static_cast<int64_t>(partial.shape(2)) == rows;
+  if (!shaped || (rows > 1 && partial.stride(2) != 1)) {
+    throw nb::value_error(("partial must have shape [" + std::to_string(cuda::kStatistics) + ", " +
+                           std::to_string(tiles) + ", " + std::to_string(rows) + "] and its rows side by side, got " +
+                           shape_of(partial))
+                              .c_str());
+  }
+  return static_cast<float*>(partial.data());
+}
+
+void token_statistics_cuda(const Array& tile, const Array& target, const Array& z_y, const Array& partial,
+                           int64_t start, const Optional& bias, double logit_scale, double softcap, uintptr_t stream) {
+  const int device = tile.device_id();
+  const Matrix t("tile", tile, device);
+  if (t.half) throw nb::type_error("tile must be float32, got bfloat16");
+  cuda::TokenStatistics a{};
+  a.tile = static_cast<const float*>(t.data);
+  a.bias = check_optional<float>("bias", bias, {t.cols}, kCuda, device);
+  a.target = check_array<int64_t>("target", target, {t.rows}, kCuda, device);
+  a.z_y = check_array<float>("z_y", z_y, {t.rows}, kCuda, device);
+  a.partial = check_statistics(partial, cuda::exp2_epilogue_tiles(t.cols), t.rows, device);
+  a.rows = t.rows, a.columns = t.cols, a.start = start, a.stride = t.stride;
+  a.statistic_stride = partial.stride(0), a.partial_stride = partial.stride(1);
+  a.logit_scale = static_cast<float>(logit_scale), a.softcap = static_cast<float>(softcap);
+  launch("token_statistics_cuda", cuda::token_statistics, a, device, stream);
+}
+
+void finish_statistics_cuda(const Array& partial, const Array& z_y, const Array& logp, const Array& entropy,
+                            const Array& sum_p2, const Array& mean_logit, const Array& is_top1, int64_t vocab,
+                            uintptr_t stream) {
+  const int device = partial.device_id();
+  const int64_t rows = z_y.ndim() == 1 ? static_cast<int64_t>(z_y.shape(0)) : 0;
+  cuda::FinishStatistics a{};
+  a.tiles = partial.ndim() == 3 ? static_cast<int64_t>(partial.shape(1)) : 0;
+  a.partial = check_statistics(partial, a.tiles, rows, device);
+  a.z_y = check_array<float>("z_y", z_y, {rows}, kCuda, device);
+  a.logp = check_array<float>("logp", logp, {rows}, kCuda, device);
+  a.entropy = check_array<float>("entropy", entropy, {rows}, kCuda, device);
+  a.sum_p2 = check_array<float>("sum_p2", sum_p2, {rows}, kCuda, device);
+  a.mean_logit = check_array<float>("mean_logit", mean_logit, {rows}, kCuda, device);
+  a.is_top1 = check_array<int8_t>("is_top1", is_top1, {rows}, kCuda, device);
+  a.rows = rows, a.vocab = vocab, a.statistic_stride = partial.stride(0), a.partial_stride = partial.stride(1);
+  launch("finish_statistics_cuda", cuda::finish_statistics, a, device, stream);
+}
+
 void preference_cuda(const PreferenceArguments& checked, int64_t, int device, const Array& scratch,
                      const Optional& num_pairs, const Optional& num_sft_tokens, uintptr_t stream) {
   PreferenceArguments a = checked;
@@ -156,6 +321,26 @@ void preference_cuda(const PreferenceArguments& checked, int64_t, int device, co
   a.num_pairs = check_optional<double>("num_pairs_tensor", num_pairs, {}, kCuda, device);
   a.num_sft_tokens = check_optional<double>("num_sft_tokens_tensor", num_sft_tokens, {}, kCuda, device);
   launch("preference_cuda", cuda::preference, a, device, stream);
+}
+
+void bind_redo(nb::module_& m) {
+  using namespace nb::literals;
+  m.def("select_cuda", &select_cuda, "rest"_a.noconvert(), "z_y"_a.noconvert(), "offset"_a.noconvert(),
+        "index"_a.noconvert(), "count"_a.noconvert(), nb::kw_only(), "done"_a = false, "stream"_a);
+  m.def("redo_maximum_cuda", &redo_maximum_cuda, "hidden"_a.noconvert(), "weight"_a.noconvert(),
+        "target"_a.noconvert(), "offset"_a.noconvert(), "index"_a.noconvert(), "count"_a.noconvert(),
+        "partial"_a.noconvert(), nb::kw_only(), "first"_a, "capacity"_a, "bias"_a.noconvert() = nb::none(),
+        "low"_a.noconvert() = nb::none(), "up"_a.noconvert() = nb::none(), "logit_scale"_a = 1.0, "softcap"_a = 0.0,
+        "stream"_a);
+  m.def("redo_exponentials_cuda", &redo_exponentials_cuda, "hidden"_a.noconvert(), "weight"_a.noconvert(),
+        "out"_a.noconvert().none(), "target"_a.noconvert(), "offset"_a.noconvert(), "index"_a.noconvert(),
+        "count"_a.noconvert(), "partial"_a.noconvert().none(), nb::kw_only(), "first"_a, "capacity"_a, "start"_a = 0,
+        "by_row"_a = false, "bias"_a.noconvert() = nb::none(), "low"_a.noconvert() = nb::none(),
+        "up"_a.noconvert() = nb::none(), "logit_scale"_a = 1.0, "softcap"_a = 0.0, "stream"_a);
+  m.def("redo_unit_cuda", &redo_unit_cuda, "unit"_a.noconvert(), "exponentials"_a.noconvert(), "weight"_a.noconvert(),
+        "target"_a.noconvert(), "z_y"_a.noconvert(), "offset"_a.noconvert(), "rest"_a.noconvert(),
+        "index"_a.noconvert(), "count"_a.noconvert(), nb::kw_only(), "first"_a, "capacity"_a, "by_row"_a = false,
+        "slope_y"_a.noconvert() = nb::none(), "logit_scale"_a = 1.0, "stream"_a);
 }
 
 }  // namespace
@@ -170,10 +355,18 @@ void bind_cuda(nb::module_& m) {
         "target"_a.noconvert(), "offset"_a.noconvert(), "partial"_a.noconvert(), nb::kw_only(), "start"_a,
         "bias"_a.noconvert() = nb::none(), "logit_scale"_a = 1.0, "softcap"_a = 0.0, "stream"_a);
   m.def("finish_cuda", &finish_cuda, "partial"_a.noconvert(), "z_y"_a.noconvert(), "offset"_a.noconvert(),
-        "rest"_a.noconvert(), "logp"_a.noconvert(), nb::kw_only(), "stream"_a);
+        "rest"_a.noconvert(), "logp"_a.noconvert(), nb::kw_only(), "index"_a.noconvert() = nb::none(),
+        "count"_a.noconvert() = nb::none(), "first"_a = 0, "stream"_a);
   m.def("unit_gradient_cuda", &unit_gradient_cuda, "product"_a.noconvert(), "weight"_a.noconvert(),
         "target"_a.noconvert(), "z_y"_a.noconvert(), "offset"_a.noconvert(), "rest"_a.noconvert(), nb::kw_only(),
         "slope_y"_a.noconvert() = nb::none(), "logit_scale"_a = 1.0, "stream"_a);
+  bind_redo(m);
+  m.def("token_statistics_cuda", &token_statistics_cuda, "tile"_a.noconvert(), "target"_a.noconvert(),
+        "z_y"_a.noconvert(), "partial"_a.noconvert(), nb::kw_only(), "start"_a, "bias"_a.noconvert() = nb::none(),
+        "logit_scale"_a = 1.0, "softcap"_a = 0.0, "stream"_a);
+  m.def("finish_statistics_cuda", &finish_statistics_cuda, "partial"_a.noconvert(), "z_y"_a.noconvert(),
+        "logp"_a.noconvert(), "entropy"_a.noconvert(), "sum_p2"_a.noconvert(), "mean_logit"_a.noconvert(),
+        "is_top1"_a.noconvert(), nb::kw_only(), "vocab"_a, "stream"_a);
   def_preference(m, "preference_cuda", kCuda, &preference_cuda, "scratch"_a.noconvert(),
                  "num_pairs_tensor"_a.noconvert() = nb::none(), "num_sft_tokens_tensor"_a.noconvert() = nb::none(),
                  "stream"_a);

@@ -63,7 +63,7 @@ int64_t check_matrix(const char* name, const Array& array, int64_t rows, int64_t
 
 void exp2_gemm_sm90_(const Array& hidden, const Array& weight, const std::optional<Array>& out, const Array& target,
                      const Array& offset, const Array& partial, const std::optional<Array>& bias, double logit_scale,
-                     const std::string& tile, uintptr_t stream) {
+                     double softcap, const std::string& tile, uintptr_t stream) {
   const int device = hidden.device_id();
   cuda::Exp2Gemm a{};
   a.hidden_stride = check_matrix("hidden", hidden, -1, -1, device);
@@ -79,6 +79,7 @@ void exp2_gemm_sm90_(const Array& hidden, const Array& weight, const std::option
   a.offset = check_rows<float>("offset", offset, a.rows, nb::device::cuda::value, device);
   if (bias) a.bias = check_rows<float>("bias", *bias, a.vocab, nb::device::cuda::value, device);
   a.logit_scale = logit_scale;
+  a.softcap = softcap;
   a.device = device;
   a.stream = reinterpret_cast<cudaStream_t>(stream);
   check_tile("partial", partial, nb::device::cuda::value);
@@ -119,8 +120,8 @@ void bind_exp2_gemm(nb::module_& m) {
         "tile"_a = "auto");
   m.def("exp2_gemm_sm90_", &exp2_gemm_sm90_, "hidden"_a.noconvert(), "weight"_a.noconvert(),
         "out"_a.noconvert().none(), nb::kw_only(), "target"_a.noconvert(), "offset"_a.noconvert(),
-        "partial"_a.noconvert(), "bias"_a.noconvert() = nb::none(), "logit_scale"_a = 1.0, "tile"_a = "auto",
-        "stream"_a);
+        "partial"_a.noconvert(), "bias"_a.noconvert() = nb::none(), "logit_scale"_a = 1.0, "softcap"_a = 0.0,
+        "tile"_a = "auto", "stream"_a);
 }
 
 }  // namespace mmrlhf

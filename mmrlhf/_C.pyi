@@ -129,10 +129,13 @@ def exp2_gemm_sm90_(
     partial: Any,  # [tiles, padded_rows] float32, written, see exp2_gemm_sm90_plan
     bias: Any | None = None,  # [V] float32
     logit_scale: float = 1.0,
+    softcap: float = 0.0,
     tile: str = "auto",
     stream: int,
 ) -> None:
     """out[n, v] <- 2^(z log2(e) - k_n), z = logit_scale <h_n, W_v> + b_v, 0 at the target; and sums over tiles.
+
+    With a softcap above 0 z is softcap * tanh(z / softcap), and out is E times the slope of the cap, sums are of E.
 
     partial[t, n] is the float32 sum of row n over columns 256 t ... 256 t + 255 before rounding to bfloat16, always
     added in the same order; columns of `partial` from N on hold nothing of use. Relative error of E below 3e-6 for
@@ -185,6 +188,10 @@ def finish_cuda(
     rest: Any,  # [N] float32, written: S'
     logp: Any,  # [N] float32, written: nats
     *,
+    index: Any
+    | None = None,  # [N] int32, of select_cuda; then `partial` is [tiles, capacity], and these rows are written
+    count: Any | None = None,  # [1] int32
+    first: int = 0,
     stream: int,
 ) -> None:
     """Partial sums to S' and logp = -log1p(S' / E_y), added in one order, in float64."""
@@ -202,6 +209,112 @@ def unit_gradient_cuda(
     stream: int,
 ) -> None:
     """product <- dlogp/dh = logit_scale (S' slope_y W_y - E W) / S."""
+
+def select_cuda(
+    rest: Any,  # [N] float32
+    z_y: Any,  # [N] float32
+    offset: Any,  # [N] float32
+    index: Any,  # [N] int32, of which the first `count` are written, ascending
+    count: Any,  # [1] int32, written
+    *,
+    done: bool = False,
+    stream: int,
+) -> None:
+    """The rows to do again: S' above 2^64 or not a number; `done`: those that were, by their offset alone."""
+
+# Of the rows that `select_cuda` chose, the ops below take the places first ... first + capacity, so many as there are.
+# low up^T is an adapter's part of <h, W_v>.
+
+def redo_maximum_cuda(
+    hidden: Any,  # [N, H] float32 or bfloat16
+    weight: Any,  # [V, H], of the same dtype
+    target: Any,  # [N] int64
+    offset: Any,  # [N] float32, raised
+    index: Any,
+    count: Any,
+    partial: Any,  # [ceil(V / 128), capacity] float32, scratch
+    *,
+    first: int,
+    capacity: int,
+    bias: Any | None = None,  # [V] float32
+    low: Any | None = None,  # [N, r] float32
+    up: Any | None = None,  # [V, r] float32
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    stream: int,
+) -> None:
+    """offset <- the larger of it and rint(z log2(e)) of the row's largest logit."""
+
+def redo_exponentials_cuda(
+    hidden: Any,  # [N, H] float32 or bfloat16
+    weight: Any,  # [c, H]: the vocabulary, or a block of it
+    out: Any | None,  # [capacity, c], or with by_row [N, c], in the dtype of hidden, written
+    target: Any,  # [N] int64, of the whole vocabulary
+    offset: Any,  # [N] float32
+    index: Any,
+    count: Any,
+    partial: Any | None,  # [ceil(c / 128), capacity] float32, written
+    *,
+    first: int,
+    capacity: int,
+    start: int = 0,
+    by_row: bool = False,
+    bias: Any | None = None,  # [c] float32
+    low: Any | None = None,  # [N, r] float32
+    up: Any | None = None,  # [c, r] float32
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    stream: int,
+) -> None:
+    """E times the slope of the cap, 0 at the targets, and sums of E a tile; the same bits for the same rows."""
+
+def redo_unit_cuda(
+    unit: Any,  # [N, H] float32, written
+    exponentials: Any,  # [capacity, V], or with by_row [N, V]
+    weight: Any,  # [V, H] float32, or bfloat16 as the exponentials
+    target: Any,  # [N] int64
+    z_y: Any,  # [N] float32
+    offset: Any,  # [N] float32
+    rest: Any,  # [N] float32
+    index: Any,
+    count: Any,
+    *,
+    first: int,
+    capacity: int,
+    by_row: bool = False,
+    slope_y: Any | None = None,  # [N] float32
+    logit_scale: float = 1.0,
+    stream: int,
+) -> None:
+    """E W, and dlogp/dh from it."""
+
+def token_statistics_cuda(
+    tile: Any,  # [N, c] float32, <h, W_v> for v in [start, start + c)
+    target: Any,  # [N] int64, of the whole vocabulary
+    z_y: Any,  # [N] float32, written where the block has the target
+    partial: Any,  # [5, ceil(c / 1024), N] float32, written
+    *,
+    start: int,
+    bias: Any | None = None,  # [c] float32
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    stream: int,
+) -> None:
+    """A tile's largest logit m; over the others the sums of e^(z - m), of it times z - m, of its square; all z's."""
+
+def finish_statistics_cuda(
+    partial: Any,  # [5, tiles, N] float32
+    z_y: Any,  # [N] float32
+    logp: Any,  # [N] float32, written, as what follows
+    entropy: Any,  # [N] float32, nats
+    sum_p2: Any,  # [N] float32
+    mean_logit: Any,  # [N] float32, nats
+    is_top1: Any,  # [N] int8, 1 where no token has a larger logit than z_y
+    *,
+    vocab: int,
+    stream: int,
+) -> None:
+    """The tiles of a row to its statistics, folded in float64 in one order."""
 
 def preference_cuda(
     logp: Any,

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "formulas.cuh"
+#include "launch.h"
 
 namespace mmrlhf::cuda {
 
@@ -21,7 +22,7 @@ constexpr int kWarpSize = 32;
 constexpr int64_t kMostBlocks = 2147483647;  // the grid's first dimension; the others end at 65535
 constexpr int64_t kMostBlocksBeside = 65535;
 
-inline int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
+MMRLHF_HD int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
 // Sum over the lanes of a warp, the same in every lane: x + y and y + x round alike. All 32 lanes must come.
 template <typename T>
@@ -33,8 +34,23 @@ __device__ __forceinline__ T lane_sum(T value) {
   return value;
 }
 
+// Largest over the lanes; a NaN is passed over.
+__device__ __forceinline__ float lane_max(float value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  }
+  return value;
+}
+
 struct Bfloat16 {
   uint16_t bits;
+};
+
+template <typename T>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
 };
 
 MMRLHF_HD float to_float(float value) { return value; }
@@ -54,6 +70,20 @@ MMRLHF_HD uint32_t bfloat16_pair(float low, float high) {
   };
   return rounded(low) | (rounded(high) << 16);
 #endif
+}
+
+__device__ __forceinline__ void store(float* out, float value) { *out = value; }
+__device__ __forceinline__ void store(Bfloat16* out, float value) {
+  out->bits = static_cast<uint16_t>(bfloat16_pair(value, 0.0f));
+}
+
+struct Nothing {};  // nothing is stored: the sums alone
+__device__ __forceinline__ void store(Nothing*, float) {}
+
+// How many of the chosen rows this launch has: on the device alone.
+__device__ __forceinline__ int64_t number_of(const Chosen& chosen) {
+  const int64_t left = *chosen.count - chosen.first;
+  return left < chosen.capacity ? left : chosen.capacity;
 }
 
 inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }

@@ -66,6 +66,7 @@ GemmPlan plan_exp2_gemm(int64_t rows, int64_t vocab, int tile) {
 }
 
 const char* refuse(const Exp2Gemm& a) {
+  if (!(a.softcap >= 0.0)) return "softcap must not be negative";
   if (a.tile < 0 || a.tile >= kGemmTileCount) return "there is no such tile";
   if (a.rows < 0 || a.vocab < 1 || a.width < 1) return "the matrices are empty";
   if (a.rows > kMost || a.vocab > kMost || a.width > kMost) return "a size does not fit 32 bits";
@@ -96,28 +97,34 @@ const char* message_of(GemmStatus status) {
 
 #if defined(MMRLHF_CUTLASS_VERSION)
 
-// One pair a tile, in the file that instantiates its kernels.
+// A pair a tile without a cap and one with, in the file that instantiates their kernels.
 GemmStatus launch_128x256(const Exp2Gemm&, int swizzle);
 GemmStatus launch_64x256(const Exp2Gemm&, int swizzle);
+GemmStatus launch_128x256_softcap(const Exp2Gemm&, int swizzle);
+GemmStatus launch_64x256_softcap(const Exp2Gemm&, int swizzle);
 GemmFacts facts_128x256(const Exp2Gemm&, int swizzle);
 GemmFacts facts_64x256(const Exp2Gemm&, int swizzle);
+GemmFacts facts_128x256_softcap(const Exp2Gemm&, int swizzle);
+GemmFacts facts_64x256_softcap(const Exp2Gemm&, int swizzle);
 
 namespace {
-constexpr decltype(&launch_128x256) kLaunch[kGemmTileCount] = {launch_128x256, launch_64x256};
-constexpr decltype(&facts_128x256) kFacts[kGemmTileCount] = {facts_128x256, facts_64x256};
+constexpr decltype(&launch_128x256) kLaunch[2][kGemmTileCount] = {{launch_128x256, launch_64x256},
+                                                                 {launch_128x256_softcap, launch_64x256_softcap}};
+constexpr decltype(&facts_128x256) kFacts[2][kGemmTileCount] = {{facts_128x256, facts_64x256},
+                                                              {facts_128x256_softcap, facts_64x256_softcap}};
 }  // namespace
 
 const char* exp2_gemm_built() { return "CUTLASS " MMRLHF_CUTLASS_VERSION; }
 
 GemmStatus exp2_gemm_facts(const Exp2Gemm& a, GemmFacts& facts) {
   if (refuse(a) != nullptr) return GemmStatus::refused;
-  facts = kFacts[a.tile](a, plan_exp2_gemm(a.rows, a.vocab, a.tile).swizzle);
+  facts = kFacts[a.softcap > 0.0][a.tile](a, plan_exp2_gemm(a.rows, a.vocab, a.tile).swizzle);
   return GemmStatus::ok;
 }
 
 GemmStatus exp2_gemm(const Exp2Gemm& a) {
   if (refuse(a) != nullptr) return GemmStatus::refused;
-  return a.rows == 0 ? GemmStatus::ok : kLaunch[a.tile](a, plan_exp2_gemm(a.rows, a.vocab, a.tile).swizzle);
+  return a.rows == 0 ? GemmStatus::ok : kLaunch[a.softcap > 0.0][a.tile](a, plan_exp2_gemm(a.rows, a.vocab, a.tile).swizzle);
 }
 
 #else

@@ -1,11 +1,10 @@
-// exp2_gemm for Hopper (sm_90a): E[n, v] = 2^(z log2(e) - k_n) with z = logit_scale <h_n, W_v> + b_v, in bfloat16 or
-// not stored at all, and its partial sums. The GEMM is CUTLASS's, whose headers are needed to build it and only there:
+// exp2_gemm for Hopper (sm_90a): E[n, v] = 2^(z log2(e) - k_n) with z = logit_scale <h_n, W_v> + b_v, or with a cap
+// softcap tanh(z / softcap); in bfloat16, times the slope of the cap, or not stored at all; and its partial sums. The GEMM is CUTLASS's, whose headers are needed to build it and only there:
 // this header needs neither them nor CUDA's, and exp2_gemm_built() says whether the kernels are in.
 //
 //   refuse() -> plan_exp2_gemm() -> the caller allocates `partial` -> exp2_gemm()
 //
-// Nothing here allocates device memory or waits. Not covered: softcap (the gradient needs E times its slope beside the
-// sum of E), statistics, float16, float32; the Triton kernel takes those.
+// Nothing here allocates device memory or waits. Not covered: statistics, float16, float32.
 #pragma once
 
 #include <cstddef>
@@ -42,7 +41,7 @@ struct Exp2Gemm {
   float* partial;          // [tiles, padded_rows]: sums of E over a tile's columns, the target's left out
   int64_t hidden_stride, weight_stride, out_stride;  // elements
   int64_t rows, vocab, width;
-  double logit_scale;
+  double logit_scale, softcap;  // softcap 0: none
   int tile;                // index of kGemmTiles
   int device, multiprocessors;
   cudaStream_t stream;

@@ -4,7 +4,8 @@
 //
 // The epilogue is a tree of visitors (CUTLASS calls it EVT), from the root:
 //   RowSums            adds what passes through over the tile's columns, and stores the sum: partial[tile, row]
-//   OffsetExponential  acc -> E, with 0 in the target's column and in columns past the vocabulary
+//   OffsetExponential  acc -> E, with 0 in the target's column and in columns past the vocabulary; with a cap also E
+//                      times its slope, which is what is stored, while E is what is summed
 //   two vectors        k and the target of each row
 // What CUTLASS does with rows past the last (of a tile that the matrix does not fill): their k is whatever the register
 // held, TMA does not store their E, and their sums go to the padding of `partial`. Nobody reads them.
@@ -28,12 +29,19 @@ namespace mmrlhf::cuda::sm90 {
 namespace fusion = cutlass::epilogue::fusion;
 constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
+// What a capped logit becomes: E for the sums, and E times the slope of the cap for the gradient.
+template <int Size>
+struct Capped {
+  cutlass::Array<float, Size> e, kept;
+};
+
 // The node of the tree that makes E. Its visit() sees a fragment of accumulators with the coordinates of each, relative
 // to the thread's first; `residue` holds how far the matrix goes from there.
+template <bool kCapped>
 struct OffsetExponential {
   struct SharedStorage {};
   struct Arguments {
-    Gain gain;
+    cute::conditional_t<kCapped, Cap, Gain> gain;
     const float* bias = nullptr;  // [V] or null
   };
   using Params = Arguments;
@@ -79,28 +87,50 @@ struct OffsetExponential {
         : coordinates(coordinates), residue(residue), first(columns - cute::get<1>(residue)), params(params) {}
 
     template <class Accumulator, int Size>
-    CUTLASS_DEVICE cutlass::Array<float, Size> visit(const cutlass::Array<Accumulator, Size>& acc, int epi_v, int epi_m,
-                                                     int epi_n, const cutlass::Array<float, Size>& offset,
-                                                     const cutlass::Array<int, Size>& target) {
+    CUTLASS_DEVICE auto visit(const cutlass::Array<Accumulator, Size>& acc, int epi_v, int epi_m, int epi_n,
+                              const cutlass::Array<float, Size>& offset, const cutlass::Array<int, Size>& target) {
       auto here = coordinates(cute::_, cute::_, cute::_, epi_m, epi_n);
+      const auto column = [&](int i) { return int(cute::get<1>(here(epi_v * Size + i))); };
+      const auto counts = [&](int i) {
+        return column(i) < cute::get<1>(residue) && column(i) != target[i] - first;
+      };
       cutlass::Array<float, Size> t;
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < Size; ++i) t[i] = exponent(acc[i], params.gain, offset[i]);
+      for (int i = 0; i < Size; ++i) {
+        if constexpr (kCapped) {
+          t[i] = acc[i] * params.gain.gain;
+        } else {
+          t[i] = exponent(acc[i], params.gain, offset[i]);
+        }
+      }
       if (params.bias != nullptr) {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < Size; ++i) {
-          const int column = cute::get<1>(here(epi_v * Size + i));
-          if (column < cute::get<1>(residue)) t[i] = add_bias(t[i], __ldg(params.bias + first + column));
+          if (column(i) >= cute::get<1>(residue)) continue;
+          const float bias = __ldg(params.bias + first + column(i));
+          if constexpr (kCapped) {
+            t[i] = fmaf(bias, params.gain.bias_gain, t[i]);
+          } else {
+            t[i] = add_bias(t[i], bias);
+          }
         }
       }
-      cutlass::Array<float, Size> result;
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < Size; ++i) {
-        const int column = cute::get<1>(here(epi_v * Size + i));
-        const bool counts = column < cute::get<1>(residue) && column != target[i] - first;
-        result[i] = counts ? power_of_two(t[i]) : 0.0f;
+      if constexpr (kCapped) {
+        Capped<Size> result;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < Size; ++i) {
+          const Tanh tanh = tanh_and_slope_approx(t[i]);
+          const float e = power_of_two(fmaf(tanh.value, params.gain.reach, -offset[i]));
+          result.e[i] = counts(i) ? e : 0.0f;
+          result.kept[i] = counts(i) ? e * tanh.slope : 0.0f;
+        }
+        return result;
+      } else {
+        cutlass::Array<float, Size> result;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < Size; ++i) result[i] = counts(i) ? power_of_two(t[i]) : 0.0f;
+        return result;
       }
-      return result;
     }
   };
 
@@ -124,18 +154,37 @@ template <class Tile>
 struct RowSums : ColumnsAdded<Tile> {
   using ColumnsAdded<Tile>::ColumnsAdded;
   using ElementAux = cutlass::bfloat16_t;  // CUTLASS asks the root for an element type where nothing is stored
+
+  // Adds what it is given and passes it on; of a capped one, adds E and passes on E times the slope.
+  template <class Added>
+  struct Callbacks : Added {
+    CUTLASS_DEVICE Callbacks(Added&& added) : Added(static_cast<Added&&>(added)) {}
+    using Added::visit;
+    template <class Accumulator, int Size>
+    CUTLASS_DEVICE auto visit(const cutlass::Array<Accumulator, Size>& acc, int epi_v, int epi_m, int epi_n,
+                              const Capped<Size>& capped) {
+      Added::visit(acc, epi_v, epi_m, epi_n, capped.e);
+      return capped.kept;
+    }
+  };
+
+  template <bool ReferenceSrc, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(const fusion::detail::ConsumerStoreArgs<Args...>& args) {
+    auto added = ColumnsAdded<Tile>::template get_consumer_store_callbacks<ReferenceSrc>(args);
+    return Callbacks<decltype(added)>(static_cast<decltype(added)&&>(added));
+  }
 };
 
 template <class Tile, class From, class To>
 using Vector = fusion::Sm90ColBroadcast<0, Tile, From, To, PerRow, /*Alignment=*/1, /*EnableNullptr=*/false>;
 
-template <class Tile>
-using Tree = fusion::Sm90EVT<
-    RowSums<Tile>, fusion::Sm90EVT<OffsetExponential, Vector<Tile, float, float>, Vector<Tile, int64_t, int>>>;
+template <class Tile, bool kCapped>
+using Tree = fusion::Sm90EVT<RowSums<Tile>, fusion::Sm90EVT<OffsetExponential<kCapped>, Vector<Tile, float, float>,
+                                                            Vector<Tile, int64_t, int>>>;
 
 // One kernel: Shape is (rows, columns, depth) of a tile, Schedule how its two groups of consumer warps share the work,
-// Store whether E goes to memory.
-template <class Shape, class Schedule, class EpilogueSchedule, bool Store>
+// kCapped whether logits have a cap, Store whether E goes to memory.
+template <class Shape, class Schedule, class EpilogueSchedule, bool kCapped, bool Store>
 struct Kernel {
   using Element = cutlass::bfloat16_t;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;  // two row tiles read a weight tile once
@@ -146,7 +195,7 @@ struct Kernel {
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Shape, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor, 8, Out, RowMajor, 8,
-      EpilogueSchedule, Tree<Shape>>::CollectiveOp;
+      EpilogueSchedule, Tree<Shape, kCapped>>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element, ColumnMajor, 8, float, Shape,
       Cluster, cutlass::gemm::collective::StageCountAutoCarveout<sizeof(typename Epilogue::SharedStorage)>,
@@ -160,8 +209,13 @@ struct Kernel {
     arguments.problem_shape = {int(a.rows), int(a.vocab), int(a.width), 1};
     arguments.mainloop = {static_cast<const Element*>(a.hidden), {a.hidden_stride, cute::_1{}, 0},
                           static_cast<const Element*>(a.weight), {a.weight_stride, cute::_1{}, 0}};
-    arguments.epilogue.thread = {{{a.offset, 0.0f, {}}, {a.target, 0, {}}, {split_gain(a.logit_scale), a.bias}},
-                                 {a.partial, 0.0f, {}}};
+    typename OffsetExponential<kCapped>::Arguments exponential{{}, a.bias};
+    if constexpr (kCapped) {
+      exponential.gain = cap_of(a.logit_scale, a.softcap);
+    } else {
+      exponential.gain = split_gain(a.logit_scale);
+    }
+    arguments.epilogue.thread = {{{a.offset, 0.0f, {}}, {a.target, 0, {}}, exponential}, {a.partial, 0.0f, {}}};
     if constexpr (Store) {
       arguments.epilogue.ptr_D = static_cast<Element*>(a.out);
       arguments.epilogue.dD = {a.out_stride, cute::_1{}, 0};
@@ -196,10 +250,10 @@ struct Kernel {
 };
 
 // E and its sums, or the sums alone.
-template <class Shape, class Schedule, class EpilogueSchedule>
+template <class Shape, class Schedule, class EpilogueSchedule, bool kCapped>
 struct Tiled {
-  using Stored = Kernel<Shape, Schedule, EpilogueSchedule, true>;
-  using Summed = Kernel<Shape, Schedule, EpilogueSchedule, false>;
+  using Stored = Kernel<Shape, Schedule, EpilogueSchedule, kCapped, true>;
+  using Summed = Kernel<Shape, Schedule, EpilogueSchedule, kCapped, false>;
 
   static GemmStatus launch(const Exp2Gemm& a, int swizzle) {
     return a.out != nullptr ? Stored::launch(a, swizzle) : Summed::launch(a, swizzle);

@@ -112,30 +112,65 @@ MMRLHF_HD Tanh tanh_and_slope(float x) {
   return {x < 0.0f ? -value : value, 4.0f * u * inverse * inverse};
 }
 
-// One logit: z = scale * raw + bias (nats), capped; then E = 2^(z log2(e) - k), and E times the slope of the cap, which
-// is what the gradient needs.
+// One logit: z = scale * raw + bias (nats), capped, and the slope of the cap there.
+template <bool kSoftcap>
+MMRLHF_HD Tanh logit(float raw, float scale, float bias, float softcap) {
+  const float z = fmaf(scale, raw, bias);
+  if (!kSoftcap) return {z, 1.0f};
+  const Tanh capped = tanh_and_slope(z / softcap);
+  return {softcap * capped.value, capped.slope};
+}
+
+// E = 2^(z log2(e) - k) of a logit, and E times the slope of the cap, which is what the gradient needs.
 struct Exponential {
   float e, kept;
 };
 
 template <bool kSoftcap>
 MMRLHF_HD Exponential exponential(float raw, float scale, float bias, float softcap, float k) {
-  const float z = fmaf(scale, raw, bias);
-  if (!kSoftcap) {
-    const float e = exp2_offset(z, k);
-    return {e, e};
-  }
-  const Tanh capped = tanh_and_slope(z / softcap);
-  const float e = exp2_offset(softcap * capped.value, k);
-  return {e, e * capped.slope};
+  const Tanh z = logit<kSoftcap>(raw, scale, bias, softcap);
+  const float e = exp2_offset(z.value, k);
+  return {e, kSoftcap ? e * z.slope : e};
+}
+
+// S' above this: the row is made again with its true maximum as the offset. So a row that was has its offset 33 or more
+// above its own z_y log2(e): fewer than 2^31 tokens share what is above 2^64.
+constexpr float kRedoAbove = 18446744073709551616.0f;  // 2^64
+constexpr double kRedone = 32.0;
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// dlogp/dh = logit_scale (S' slope_y W_y - E W) / S: the target's share is S' / S = 1 - p_y, exact as p_y -> 1.
+struct UnitFactors {
+  float share, scale;  // share W_y - scale (E W)
+};
+
+MMRLHF_HD UnitFactors unit_factors(float logit_scale, float rest, float z_y, float k, float slope_y) {
+  const float scale = logit_scale / (rest + exp2_offset(z_y, k));
+  return {rest * scale * slope_y, scale};
 }
 
 // What the sum S' over all other tokens says of a row: log-probability of its target, -log1p(S' / E_y). In double:
 // one number a row. Where k is the row's maximum, E_y may be tiny; there the difference of logarithms is exact enough.
 MMRLHF_HD double logp_of(double rest, double z_y, double k) {
-  constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
   const double own = z_y * kLog2e - k, e_y = exp2(own);
   return own < -64.0 ? own * kLn2 - log(rest + e_y) : -log1p(rest / e_y);
+}
+
+// The softmax of some tokens without its scale: their largest logit, and sums over the others of E = exp(z - largest),
+// E (z - largest) and E^2; each sum is of terms of one sign, so that a sure row's entropy of 1e-9 nats keeps its digits.
+struct Spread {
+  double largest, rest, moment, squares;
+};
+constexpr double kNoToken = -3.4028234663852886e38;  // float32's lowest, as the largest of no token or of masked ones
+
+// Of two sets of tokens, their union's.
+MMRLHF_HD Spread folded(const Spread& one, const Spread& two) {
+  const bool first = one.largest >= two.largest;
+  const Spread &high = first ? one : two, &low = first ? two : one;
+  const double far = low.largest - high.largest, distance = far < -1e4 ? -1e4 : far, scale = exp(distance);
+  return {high.largest, high.rest + scale * (1.0 + low.rest),
+          high.moment + scale * (low.moment + distance * (1.0 + low.rest)),
+          high.squares + scale * scale * (1.0 + low.squares)};
 }
 
 }  // namespace mmrlhf

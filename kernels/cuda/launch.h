@@ -56,6 +56,14 @@ struct Exp2Epilogue {
 };
 cudaError_t exp2_epilogue(Exp2Epilogue arguments, cudaStream_t stream);
 
+// Rows to do again, which the device alone knows: `select` writes their indices in ascending order, and how many they
+// are. Of them a launch takes the places first ... first + capacity, so many as there are.
+struct Chosen {
+  const int32_t* index;  // [rows]
+  const int32_t* count;  // [1]
+  int64_t first, capacity;
+};
+
 // Partial sums to S' and to log-probabilities.
 struct Finish {
   const float* partial;  // [tiles, rows], row stride `stride`
@@ -64,6 +72,7 @@ struct Finish {
   float* rest;           // [rows] out: S'
   float* logp;           // [rows] out, nats
   int64_t rows, tiles, stride;
+  Chosen chosen;  // index null: every row; else these, `partial` having a place for each
 };
 cudaError_t finish(const Finish& arguments, cudaStream_t stream);
 
@@ -81,6 +90,89 @@ struct UnitGradient {
   bool half, vectors;
 };
 cudaError_t unit_gradient(UnitGradient arguments, cudaStream_t stream);
+
+// The rows with S' above 2^64, or not a number; `done`: those that were, seen by their offset alone.
+struct Select {
+  const float* rest;    // [rows]
+  const float* z_y;     // [rows]
+  const float* offset;  // [rows]
+  int32_t* index;       // [rows] out: the first *count entries
+  int32_t* count;       // [1] out
+  int64_t rows;
+  bool done;
+};
+cudaError_t select(const Select& arguments, cudaStream_t stream);
+
+constexpr int kRedoColumns = 128;  // columns a partial sum or maximum of a chosen row covers
+int64_t redo_tiles(int64_t columns);
+
+// Logits of the chosen rows, and of an adapter's part of them: logit_scale (<h, W_v> + <low, up_v>) + bias_v, capped.
+struct Redo {
+  const void* hidden;  // [rows, width]
+  const void* weight;  // [columns, width]: the vocabulary, or a block of it from `start` on
+  const float* bias;   // [columns] or null
+  const float* low;    // [rows, rank] or null
+  const float* up;     // [columns, rank]
+  const int64_t* target;  // [rows], of the whole vocabulary
+  float* offset;          // [rows]
+  void* out;              // [capacity, columns], or with by_row [rows, columns]: E; or null
+  float* partial;         // [tiles, capacity]
+  int64_t columns, width, rank, start;
+  int64_t hidden_stride, weight_stride, low_stride, up_stride, out_stride, partial_stride;
+  Chosen chosen;
+  float logit_scale, softcap;
+  bool half, by_row, vectors;
+};
+// offset <- the larger of it and rint(z log2(e)) of the largest logit. `partial` is scratch.
+cudaError_t redo_maximum(Redo arguments, cudaStream_t stream);
+// E of the block, 0 at the targets, and its sums to `partial`; either may be null.
+cudaError_t redo_exponentials(Redo arguments, cudaStream_t stream);
+
+// dlogp/dh of the chosen rows from their exponentials; of an adapter, their gradient by its part of the rows.
+struct RedoUnit {
+  const void* exponentials;  // [capacity, vocab], or with by_row [rows, vocab]
+  const void* weight;        // [vocab, width]
+  float* unit;               // [rows, width] out
+  const int64_t* target;     // [rows]
+  const float* z_y;          // [rows]
+  const float* offset;       // [rows]
+  const float* rest;         // [rows]
+  const float* slope_y;      // [rows] or null
+  int64_t vocab, width, e_stride, weight_stride, unit_stride;
+  Chosen chosen;
+  float logit_scale;
+  bool half_e, half_weight, by_row;
+};
+cudaError_t redo_unit(const RedoUnit& arguments, cudaStream_t stream);
+
+// Token statistics of a block of columns, kTileColumns at a time: partial[:, tile, row] are the largest logit, then over
+// the other tokens the sums of E = exp(z - largest), E (z - largest) and E^2, and the sum of all z. z_y[row] where the
+// block has the target.
+constexpr int kStatistics = 5;
+struct TokenStatistics {
+  const float* tile;      // [rows, columns] <h, W_v> for v = start ...
+  const float* bias;      // [columns] or null
+  const int64_t* target;  // [rows], of the whole vocabulary
+  float* z_y;             // [rows] out
+  float* partial;         // [kStatistics, tiles, rows]
+  int64_t rows, columns, start, stride, statistic_stride, partial_stride;
+  float logit_scale, softcap;
+  bool vectors;
+};
+cudaError_t token_statistics(TokenStatistics arguments, cudaStream_t stream);
+
+// The tiles of a row to its statistics; NaN where no token has a probability.
+struct FinishStatistics {
+  const float* partial;  // [kStatistics, tiles, rows]
+  const float* z_y;      // [rows]
+  float* logp;           // [rows] out, as all that follow
+  float* entropy;
+  float* sum_p2;
+  float* mean_logit;
+  int8_t* is_top1;
+  int64_t rows, tiles, vocab, statistic_stride, partial_stride;
+};
+cudaError_t finish_statistics(const FinishStatistics& arguments, cudaStream_t stream);
 
 // Token log-probabilities to the loss and its derivative for every token. `scratch` is [3 R + 2 P]; indices are not
 // checked.

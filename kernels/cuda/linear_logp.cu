@@ -22,12 +22,6 @@ struct alignas(8) Halves4 {
   uint32_t low, high;
 };
 
-template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T at[kSize];
-};
-
 __device__ __forceinline__ int64_t warp_row() {
   return static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarpSize;
 }
@@ -98,13 +92,6 @@ __device__ __forceinline__ float one_kept(const Exp2Epilogue& a, float raw, cons
   return left_out ? 0.0f : one.kept;
 }
 
-struct Nothing {};  // nothing is stored: the sums alone
-
-__device__ __forceinline__ void store(float* out, float value) { *out = value; }
-__device__ __forceinline__ void store(Bfloat16* out, float value) {
-  out->bits = static_cast<uint16_t>(bfloat16_pair(value, 0.0f));
-}
-__device__ __forceinline__ void store(Nothing*, float) {}
 __device__ __forceinline__ void store4(float* out, const Floats4& v) { *reinterpret_cast<Floats4*>(out) = v; }
 __device__ __forceinline__ void store4(Bfloat16* out, const Floats4& v) {
   *reinterpret_cast<Halves4*>(out) = {bfloat16_pair(v.at[0], v.at[1]), bfloat16_pair(v.at[2], v.at[3])};
@@ -149,32 +136,33 @@ constexpr int kSlices = 8;  // threads a row of `finish`, each with every eighth
 __global__ void __launch_bounds__(kWarpSize* kSlices) finish_kernel(const Finish a) {
   __shared__ double added[kSlices][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, slice = threadIdx.x / kWarpSize;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
+  const bool some = a.chosen.index != nullptr;
+  const int64_t rows = some ? number_of(a.chosen) : a.rows, slot = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
+  if (static_cast<int64_t>(blockIdx.x) * kWarpSize >= rows) return;  // the whole block
   double sum = 0.0;
-  if (row < a.rows) {
+  if (slot < rows) {
 #pragma unroll 4
-    for (int64_t tile = slice; tile < a.tiles; tile += kSlices) sum += read_only(a.partial + tile * a.stride + row);
+    for (int64_t tile = slice; tile < a.tiles; tile += kSlices) sum += a.partial[tile * a.stride + slot];
   }
   added[slice][lane] = sum;
   __syncthreads();
-  if (slice != 0 || row >= a.rows) return;
+  if (slice != 0 || slot >= rows) return;
   for (int other = 1; other < kSlices; ++other) sum += added[other][lane];
+  const int64_t row = some ? a.chosen.index[a.chosen.first + slot] : slot;
   a.rest[row] = static_cast<float>(sum);
   a.logp[row] = static_cast<float>(logp_of(sum, a.z_y[row], a.offset[row]));
 }
 
 constexpr int kGradientColumns = 4 * kThreads;  // of a row, a block
 
-// dlogp/dh = logit_scale (S' slope_y W_y - E W) / S: the target's share is S' / S = 1 - p_y, exact as p_y -> 1.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) unit_gradient_kernel(const UnitGradient a) {
   const int64_t row = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * kGradientColumns + 4 * threadIdx.x;
   if (first >= a.width) return;
   const int64_t y = a.target[row];
   const bool known = y >= 0 && y < a.vocab;
-  const float rest = a.rest[row];
-  const float scale = a.logit_scale / (rest + exp2_offset(a.z_y[row], a.offset[row]));
-  const float share = rest * scale * (a.slope_y == nullptr ? 1.0f : a.slope_y[row]);
+  const auto [share, scale] = unit_factors(a.logit_scale, a.rest[row], a.z_y[row], a.offset[row],
+                                           a.slope_y == nullptr ? 1.0f : a.slope_y[row]);
   float* product = a.product + row * a.stride + first;
   const T* weight = static_cast<const T*>(a.weight) + (known ? y : 0) * a.weight_stride + first;
   struct alignas(4 * sizeof(T)) Weights4 {
@@ -232,8 +220,9 @@ cudaError_t exp2_epilogue(Exp2Epilogue a, cudaStream_t stream) {
 }
 
 cudaError_t finish(const Finish& a, cudaStream_t stream) {
-  if (a.rows == 0) return cudaSuccess;
-  const int64_t blocks = blocks_for(a.rows, kWarpSize);
+  const int64_t rows = a.chosen.index == nullptr ? a.rows : a.chosen.capacity;
+  if (rows == 0) return cudaSuccess;
+  const int64_t blocks = blocks_for(rows, kWarpSize);
   if (blocks > kMostBlocks) return cudaErrorInvalidValue;
   return start(finish_kernel, dim3(static_cast<unsigned>(blocks)), kWarpSize * kSlices, stream, a);
 }

@@ -34,8 +34,9 @@ class GemmConfig(LaunchConfig):
     block_m: int = 128
     block_v: int = 128
     block_h: int = 64
-    group_m: int = 8
+    group_m: int = 16  # most tiles of rows between two visits to the same columns, see `launch.group`
     split: int = 1  # halves of the epilogue
+    programs: int = 1  # at a time on a multiprocessor: with two, one's epilogue runs beside the other's products
     loads: str = "pointer"  # or descriptor, device_descriptor: see `exp2_gemm_kernel`
     warp_specialize: bool = False
 
@@ -87,7 +88,8 @@ class Rule:
 # spills there, and takes half the tile. On sm_100 the plain epilogue does so too, and ptxas holds itself to 128
 # registers with 8 warps, which is 2 too few for it.
 GEMM_RULES: tuple[Rule, ...] = (
-    Rule(GemmConfig(4, 4, 64, 128, 64, loads="descriptor"), (90, 100), max_rows=64, heavy=1),
+    # Up to 64 rows the weight's bytes are the bound: of two programs one reads while the other is in its epilogue.
+    Rule(GemmConfig(4, 4, 64, 128, 64, loads="descriptor", programs=2), (90, 100), max_rows=64, heavy=1),
     Rule(GemmConfig(8, 3, 128, 256, 64, loads="descriptor"), (90, 100), heavy=1),
     Rule(GemmConfig(4, 4, 128, 128, 64, loads="descriptor"), (100, 120), heavy=0),
     Rule(GemmConfig(8, 4, 128, 128, 64, loads="descriptor"), (90, 120), heavy=2),
@@ -100,6 +102,9 @@ CANDIDATES: tuple[Rule, ...] = (
     Rule(GemmConfig(4, 3, 128, 256, 64, loads="device_descriptor", warp_specialize=True), (90, 100), heavy=1),
     Rule(GemmConfig(4, 4, 128, 128, 64, loads="device_descriptor", warp_specialize=True), (90, 100), heavy=1),
     Rule(GemmConfig(8, 4, 128, 256, 64, split=2, loads="descriptor"), (90, 100), heavy=1),
+    Rule(GemmConfig(8, 3, 256, 128, 64, loads="descriptor"), (90, 100), heavy=1),
+    # Two programs hide each other's epilogue, which for H = 896 is a quarter of the tile, for 4/3 of the loads from L2.
+    Rule(GemmConfig(4, 3, 128, 128, 64, split=2, loads="descriptor", programs=2), (90, 100), heavy=1),
 )
 
 
@@ -113,7 +118,7 @@ TUNED = rules(tuned.ROWS)
 EPILOGUE = EpilogueConfig(8, 1, 8, 1024)
 EPILOGUE_NARROW = EpilogueConfig(4, 1, 4, 512)  # softcap and statistics keep more of the tile in registers
 TARGET_LOGIT = RowConfig(4, 1, 4, 512)
-FINISH = RowConfig(4, 1, 32, 32)
+FINISH = RowConfig(8, 1, 16, 128)  # 594 partial sums a row at V = 152k: 5 loads one after another
 UNIT_GRADIENT = RowConfig(4, 1, 4, 512)
 SELECT = RowConfig(8, 1, 1024)
 REDO = GemmConfig(8, 3, 64, 128, 64)  # rows run again: few, so a tile of 64 rows is half empty and never the bound

@@ -66,6 +66,11 @@ def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of a CUDA tensor's device; for another, whose kernels are interpreted, a few."""
+    return multiprocessors(tensor.device.index) if tensor.device.type == "cuda" else 4
+
+
 def interpreted() -> bool:
     """Whether the kernels were decorated for the interpreter, which runs them on CPU tensors."""
     return not isinstance(by_row.finish_kernel, triton.JITFunction)
@@ -107,11 +112,6 @@ def problem(
         softcap=softcap is not None,
         statistics=statistics,
     )
-
-
-def padded(columns: int) -> int:
-    """Leading dimension of a buffer of E that is `aligned`."""
-    return -(-columns // 16) * 16
 
 
 def partial_tiles(columns: int, config: GemmConfig | EpilogueConfig) -> int:
@@ -226,7 +226,7 @@ def exp2_epilogue(
 def exp2_gemm(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    out: Tensor | None,  # [N, V] out, float32 or bfloat16, leading dimension `padded`
+    out: Tensor | None,  # [N, V] out, float32 or bfloat16, an `aligned` leading dimension
     *,
     target: Tensor,  # [N]
     offset: Tensor,  # [N]
@@ -240,12 +240,13 @@ def exp2_gemm(
     rows, vocab, width = hidden.shape[0], weight.shape[0], hidden.shape[1]
     tiles = partial_tiles(vocab, config)
     _check_partial(partial, tiles, rows)
-    if rows == 0:
+    if rows == 0 or vocab == 0:
         return
     matrices = [m for m in (hidden, weight, out) if m is not None]
     assert config.loads == "pointer" or aligned(*matrices), "descriptors need aligned matrices"
-    total = triton.cdiv(rows, config.block_m) * triton.cdiv(vocab, config.block_v)
-    programs = min(total, multiprocessors(hidden.device.index)) if hidden.device.type == "cuda" else min(total, 4)
+    row_tiles = triton.cdiv(rows, config.block_m)
+    total = row_tiles * triton.cdiv(vocab, config.block_v)
+    programs = min(total, processors(hidden) * config.programs)
     operands: tuple = (hidden, weight, out)
     if config.loads == "descriptor":
         operands = _descriptors(hidden, weight, out, config)
@@ -263,6 +264,7 @@ def exp2_gemm(
         0 if out is None else out.stride(0),
         partial.stride(0),
         partial.stride(1),
+        group(row_tiles, config.group_m),
         *epilogue.factors,
     )
     options = gemm_constants(config, epilogue.softcap is not None, partial.shape[0] == STATISTICS, width) | {
@@ -282,6 +284,12 @@ def exp2_gemm(
         contextvars.copy_context().run(run)
 
 
+def group(row_tiles: int, most: int) -> int:
+    """Tiles of rows in a group: at most `most`, and all groups about as large. A last group of one would read the whole
+    weight for it. 16 tiles of 128 rows by the 8 of 256 columns that 132 multiprocessors then have is about square."""
+    return triton.cdiv(row_tiles, triton.cdiv(row_tiles, most))
+
+
 def gemm_constants(config: GemmConfig, softcap: bool, statistics: bool, width: int) -> dict[str, int | bool | str]:
     """The compile-time arguments of `exp2_gemm_kernel`."""
     return {
@@ -290,7 +298,6 @@ def gemm_constants(config: GemmConfig, softcap: bool, statistics: bool, width: i
         "BLOCK_M": config.block_m,
         "BLOCK_V": config.block_v,
         "BLOCK_H": config.block_h,
-        "GROUP_M": config.group_m,
         "SPLIT": config.split,
         "LOADS": config.loads,
         "EVEN": width % config.block_h == 0,

@@ -17,7 +17,7 @@ import triton
 from mmrlhf.kernels.triton import configs
 from mmrlhf.kernels.triton import redo as device
 from mmrlhf.kernels.triton.configs import GemmConfig
-from mmrlhf.kernels.triton.launch import STATISTICS, Epilogue, Statistics, by_columns, multiprocessors, on_device
+from mmrlhf.kernels.triton.launch import STATISTICS, Epilogue, Statistics, by_columns, on_device, processors
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def select(
 
 
 def _programs(tiles: int, like: Tensor) -> int:
-    return min(tiles, multiprocessors(like.device.index)) if like.device.type == "cuda" else min(tiles, 2)
+    return min(tiles, processors(like))
 
 
 def exponentials(
@@ -108,7 +108,7 @@ def _launch(
 ) -> None:
     by_columns(hidden, weight, out, low, up)
     vocab, width = weight.shape
-    if chosen.capacity == 0:
+    if chosen.capacity == 0 or vocab == 0:
         return
     config = configs.pick_redo(hidden.dtype == torch.float32)
     tiles = triton.cdiv(chosen.capacity, config.block_m) * triton.cdiv(vocab, config.block_v)

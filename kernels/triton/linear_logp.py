@@ -68,7 +68,10 @@ def _store_partial(pointer, stat_stride, mask, z, t, inside, e, STATS: tl.conste
         tl.store(pointer + stat_stride * LOGITS, tl.sum(tl.where(inside, z, 0.0), axis=1), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("rows", "start", "stat_stride", "partial_stride"),
+    do_not_specialize_on_alignment=("offset", "target", "partial"),
+)
 def exp2_epilogue_kernel(
     tile,  # [rows, columns] float32, <h, W_v> for v = start ...
     out,  # [rows, columns], may be `tile`; or None
@@ -124,7 +127,10 @@ def _store_tile(
         out.store([row, first], value.to(out.dtype))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("rows", "stat_stride", "partial_stride", "group_m"),
+    do_not_specialize_on_alignment=("offset", "target", "partial"),
+)
 def exp2_gemm_kernel(
     hidden,  # [rows, width], or its descriptor with LOADS = "descriptor"
     weight,  # [vocab, width], or its descriptor
@@ -141,6 +147,7 @@ def exp2_gemm_kernel(
     out_stride,
     stat_stride,
     partial_stride,
+    group_m,
     gain,
     bias_gain,
     cap,
@@ -149,13 +156,13 @@ def exp2_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
     LOADS: tl.constexpr,
     EVEN: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """Persistent: each program walks over tiles, rows first within a group, so that a weight tile is read from L2.
+    """Persistent: each program walks over tiles, rows first within a group of `group_m` tiles of rows, so that the
+    weight comes from memory once a group, and from L2 for the rest of it.
 
     LOADS: "pointer" takes any width and stride; "descriptor" (made on the host) and "device_descriptor" are TMA, and
     need 16-byte aligned rows. Only the last can be warp-specialised on Hopper. SPLIT = 2 runs the epilogue in two
@@ -171,17 +178,20 @@ def exp2_gemm_kernel(
             out_block = tl.make_tensor_descriptor(out, [rows, vocab], [out_stride, 1], [BLOCK_M, half])
     else:
         hidden_block, weight_block, out_block = hidden, weight, out
-    span = GROUP_M * column_tiles
+    span = group_m * column_tiles
     for tile in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), warp_specialize=WARP_SPECIALIZE
     ):
         group = tile // span
-        group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
-        row_tile = group * GROUP_M + (tile % span) % group_rows
+        group_rows = tl.minimum(row_tiles - group * group_m, group_m)
+        row_tile = group * group_m + (tile % span) % group_rows
         column_tile = (tile % span) // group_rows
         first_row, first = row_tile * BLOCK_M, column_tile * BLOCK_V
         row = first_row + tl.arange(0, BLOCK_M)
         row_mask = row < rows
+        # Asked for before the GEMM, they are there after it.
+        k = tl.load(offset + row, mask=row_mask, other=0.0)
+        y = tl.load(target + row, mask=row_mask, other=-1).to(tl.int32)
         acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         for step in range(tl.cdiv(width, BLOCK_H)):
             if LOADS == "pointer":
@@ -197,8 +207,6 @@ def exp2_gemm_kernel(
                 a = hidden_block.load([first_row, step * BLOCK_H])
                 b = weight_block.load([first, step * BLOCK_H])
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
-        k = tl.load(offset + row, mask=row_mask, other=0.0)
-        y = tl.load(target + row, mask=row_mask, other=-1).to(tl.int32)
         pointer = partial + (column_tile * SPLIT).to(tl.int64) * partial_stride + row
         if SPLIT == 2:
             left, right = acc.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()

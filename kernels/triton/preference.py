@@ -252,7 +252,21 @@ def _token_derivatives(
         tl.store(coef + at, (value + sft[:, None]).to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("responses", "count", "beta_stride"),
+    do_not_specialize_on_alignment=(
+        "logp",
+        "token_weight",
+        "cu_seqlens",
+        "pairs",
+        "reference",
+        "beta",
+        "margin",
+        "pair_weight",
+        "num_pairs",
+        "num_sft_tokens",
+    ),
+)
 def preference_kernel(
     logp,  # [N]
     token_weight,  # [N] or None

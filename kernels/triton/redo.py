@@ -24,7 +24,7 @@ from mmrlhf.kernels.triton.rows import _finish_rows, _unit_value
 REDO_ABOVE = tl.constexpr(2.0**64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("rest", "z_y", "offset"))
 def select_kernel(
     rest,  # [rows] S'
     z_y,  # [rows]
@@ -62,7 +62,10 @@ def _chosen(index, first, some, block, BLOCK_M: tl.constexpr):
     return slot, tl.load(index + first + slot, mask=mask, other=0), mask
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("first", "capacity", "stat_stride", "partial_stride"),
+    do_not_specialize_on_alignment=("offset", "target"),
+)
 def redo_kernel(
     hidden,  # [rows, width]
     weight,  # [vocab, width]: the whole, or a block of it
@@ -146,7 +149,10 @@ def redo_kernel(
                 _store_partial(pointer, stat_stride, row_mask, z, t, inside, e, STATS)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("first", "capacity", "tiles", "stat_stride", "partial_stride"),
+    do_not_specialize_on_alignment=("z_y", "offset", "rest", "logp"),
+)
 def redo_finish_kernel(
     partial,  # [statistics, tiles, capacity]
     z_y,  # [rows]
@@ -198,7 +204,10 @@ def redo_finish_kernel(
         )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("first", "capacity"),
+    do_not_specialize_on_alignment=("target", "z_y", "offset", "rest", "slope_y"),
+)
 def redo_unit_kernel(
     e,  # [capacity, vocab], or [rows, vocab] with BY_ROW
     weight,  # [vocab, width]: that of the head, or an adapter's part of it

@@ -22,7 +22,7 @@ LOGITS = tl.constexpr(3)  # sum of z log2(e)
 MAXIMUM = tl.constexpr(4)  # largest t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("target", "z_y", "slope_y", "offset"))
 def target_logit_kernel(
     hidden,  # [rows, width]
     weight,  # [vocab, width]
@@ -153,7 +153,10 @@ def _finish_rows(
         tl.store(maximum + row, ((peak + k) * LN2).to(tl.float32), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("rows", "tiles", "stat_stride", "partial_stride"),
+    do_not_specialize_on_alignment=("z_y", "offset", "rest", "logp"),
+)
 def finish_kernel(
     partial,  # [statistics, tiles, rows]
     z_y,  # [rows]
@@ -200,7 +203,7 @@ def finish_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("rest", "z_y", "offset", "logp"))
 def logp_kernel(
     rest,  # [rows]
     z_y,  # [rows]
@@ -250,7 +253,7 @@ def _unit_value(
     return tl.fma(share[:, None], w, -scale[:, None] * product)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("target", "z_y", "offset", "rest", "slope_y"))
 def unit_gradient_kernel(
     product,  # [rows, width] float32: E W, without the target's column
     out,  # [rows, width] out, may be `product`

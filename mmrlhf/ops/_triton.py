@@ -5,7 +5,8 @@ a byte budget; float32: library GEMM tiles of logits, a block of columns at a ti
 and `weight_grad` mean what they mean in `streaming`, `Kept` holds one [n, V] matrix of exponentials, and `objective`
 is everything after the log-probabilities in one launch.
 Rows with S' above 2^64 are found and run again on the device: nothing here waits for it, and a CUDA graph can hold all
-of it. Not covered: float64, and float16 (see `refuse`).
+of it. With a vocabulary sharded over ranks z_y, S' and dlogp/dh are all-reduced as in `streaming`, and the host reads
+which rows to run again. Not covered: float64, and float16 (see `refuse`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,47 +24,26 @@ from mmrlhf.kernels.triton import configs, launch, launch_preference, launch_red
 from mmrlhf.kernels.triton.configs import EpilogueConfig, GemmConfig
 from mmrlhf.kernels.triton.launch_preference import Buffers, Terms
 from mmrlhf.ops import reference
-from mmrlhf.ops._triton_gemm import column_sums, multiply, multiply_exact, product
-from mmrlhf.ops._triton_redo import DeviceRows, epilogue_of, redo, stored
+from mmrlhf.ops._gemm import (
+    ALIGNED,
+    Kept,
+    column_block,
+    column_sums,
+    most_rows,
+    multiply,
+    multiply_exact,
+    padded,
+    product,
+    row_bytes,  # noqa: F401  (an engine has it)
+    stored,
+    wave_chunk,
+)
+from mmrlhf.ops._triton_redo import DeviceRows, epilogue_of, redo
+from mmrlhf.ops.head import place_
 from mmrlhf.ops.reference import FusedPreferenceOutput, Objective
 from mmrlhf.ops.streaming import Head, Rows, offset_of
 
-# Exponentials in flight where none are kept. 1/4 of the 50 MiB of an H100's L2 would keep them there but feed the GEMMs
-# tiles of 40 rows; what counts is enough rows to fill the device: 1,700 of them at V = 152k in bfloat16.
-WORKSPACE_BYTES = 512 << 20
 ROW_STEP = 128  # rows of a GEMM tile: a chunk that is no multiple leaves part of one idle
-
-
-@dataclass
-class Kept:
-    """Exponentials [n, V], bfloat16 for a bfloat16 head, with an aligned leading dimension."""
-
-    flat: Tensor
-    rows: int
-    vocab: int
-    columns: int  # V: one tile
-
-    @classmethod
-    def empty(cls, rows: int, head: Head, columns: int | None = None) -> Kept:
-        vocab = head.weight.shape[0]
-        flat = torch.empty(rows * launch.padded(vocab), dtype=stored(head), device=head.weight.device)
-        return cls(flat, rows, vocab, vocab)
-
-    @classmethod
-    def over(cls, flat: Tensor, rows: int, head: Head) -> Kept:
-        """The same over the first bytes of a larger `flat` [bytes]."""
-        vocab = head.weight.shape[0]
-        return cls(flat[: rows * row_bytes(head)].view(stored(head)), rows, vocab, vocab)
-
-    @property
-    def matrix(self) -> Tensor:
-        leading = launch.padded(self.vocab)
-        return self.flat[: self.rows * leading].view(self.rows, leading)[:, : self.vocab]
-
-
-def row_bytes(head: Head) -> int:
-    """Bytes of the exponentials of one row."""
-    return launch.padded(head.weight.shape[0]) * stored(head).itemsize
 
 
 def refuse(tensors: tuple[Tensor, ...]) -> str | None:
@@ -98,7 +78,7 @@ def forward(
 ) -> tuple[Rows, Tensor | None]:
     """One pass over the vocabulary, and the unit gradient dlogp/dh [N, H] float32: see `streaming.forward`."""
     head, hidden = _packed(head), hidden.contiguous()
-    rows = _rows(head, hidden, low, targets.long())
+    rows = _rows(head, hidden, low, head.local(targets))
     grad = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if unit else None
     kept = None if keep is None else keep.matrix
     config = _config(head, hidden)
@@ -106,11 +86,11 @@ def forward(
         _sweep_columns(head, hidden, low, rows, grad, unit_low, kept, config)
     else:
         _sweep_rows(head, hidden, rows, grad, kept, config)
+    head.sum_(rows.rest)
     _finish_unit(head, rows, grad, unit_low)
     redo(head, hidden, rows, _chunk(head, hidden), unit=grad, kept=kept, low=low, unit_low=unit_low)
-    if keep is not None:
-        fix = rows.target_fix().to(keep.flat.dtype)
-        keep.matrix.scatter_(1, rows.targets[:, None], fix[:, None])
+    if kept is not None and kept.numel():
+        place_(kept, rows.targets, 0, rows.target_fix().to(kept.dtype))
     return rows, grad
 
 
@@ -159,6 +139,11 @@ def _rows(head: Head, hidden: Tensor, low: Tensor | None, targets: Tensor) -> Ro
         slope_y=rows.slope_y,
         offset=rows.offset,
     )
+    if head.shard is not None:
+        for known in (rows.z_y, rows.slope_y):
+            if known is not None:
+                head.sum_(known.masked_fill_(targets < 0, 0))  # the one rank that has the target knows them
+        rows.offset = offset_of(rows.z_y)
     return rows
 
 
@@ -168,21 +153,10 @@ def _config(head: Head, hidden: Tensor, *, statistics: bool = False) -> GemmConf
     return configs.pick(problem) if head.up is None else configs.pick_epilogue(problem)
 
 
-def row_chunk(rows: int, vocab: int, itemsize: int) -> int:
-    """Rows whose exponentials fit the workspace, in whole GEMM tiles, and chunks of about the same size."""
-    most = max(WORKSPACE_BYTES // (launch.padded(vocab) * itemsize) // ROW_STEP * ROW_STEP, ROW_STEP)
-    chunks = -(-rows // most)
-    return max(rows, 1) if chunks <= 1 else -(-rows // (chunks * ROW_STEP)) * ROW_STEP
-
-
 def _chunk(head: Head, hidden: Tensor) -> int:
-    return row_chunk(hidden.shape[0], head.weight.shape[0], stored(head).itemsize)
-
-
-def column_block(rows: int, vocab: int, itemsize: int, step: int) -> int:
-    """Columns whose tile of n rows fits the workspace, in whole tiles of the kernel."""
-    most = WORKSPACE_BYTES // (max(rows, 1) * itemsize) // step * step
-    return min(vocab, max(most, step))
+    """Rows at a time; with a shard as many on every rank."""
+    (rows, width), most = hidden.shape, most_rows(head.most_rows, stored(head).itemsize, ROW_STEP)
+    return wave_chunk(rows, most, width, ROW_STEP, launch.processors(hidden))
 
 
 def _sweep_rows(
@@ -193,7 +167,7 @@ def _sweep_rows(
     size = _chunk(head, hidden) if kept is None and unit is not None else max(count, 1)
     spare = None
     if kept is None and unit is not None:
-        spare = torch.empty(size, launch.padded(vocab), dtype=stored(head), device=hidden.device)
+        spare = torch.empty(size, padded(vocab), dtype=stored(head), device=hidden.device)
     for first in range(0, count, size):
         some = slice(first, min(first + size, count))
         here = kept
@@ -259,15 +233,21 @@ def _sweep_columns(
     statistics: launch.Statistics | None = None,
 ) -> None:
     """A block of columns at a time: a library GEMM, then one pass over its tile."""
-    count, vocab = hidden.shape[0], head.weight.shape[0]
-    size = column_block(count, vocab, 4, config.tile_columns)
-    partial = _partial(hidden, vocab, config, statistics is not None)
+    count, vocab, dtype = hidden.shape[0], head.weight.shape[0], stored(head)
     stores = not (unit is None and unit_low is None and kept is None)
+    apart = stores and kept is None and dtype != torch.float32  # E in half the bytes, as the GEMMs after it take it
+    size = column_block(count, vocab, 4 + dtype.itemsize if apart else 4, config.tile_columns)
+    spare = torch.empty(count, padded(size), dtype=dtype, device=hidden.device) if apart else None
+    partial = _partial(hidden, vocab, config, statistics is not None)
+    for sums in (unit, unit_low) if vocab == 0 else ():  # a rank without a row of the vocabulary
+        if sums is not None:
+            sums.zero_()
     for start in range(0, vocab, size):
         stop = min(start + size, vocab)
         block = head.weight[start:stop]
         tile = _logits(head, hidden, low, start, stop)
-        out = tile if kept is None else kept[:, start:stop]
+        out = tile if spare is None else spare[:, : stop - start]
+        out = out if kept is None else kept[:, start:stop]
         first = start // config.tile_columns
         launch.exp2_epilogue(
             tile,
@@ -306,6 +286,7 @@ def _finish_unit(head: Head, rows: Rows, unit: Tensor | None, unit_low: Tensor |
                 slope_y=rows.slope_y,
                 logit_scale=head.logit_scale,
             )
+            head.sum_(grad)
 
 
 def weight_grad(
@@ -342,18 +323,16 @@ def _final_tiles(
     """(start, stop, E [n, c] with its targets fixed) a block of columns at a time: kept, or made again."""
     (count, width), vocab = hidden.shape, head.weight.shape[0]
     if keep is not None:
-        size = column_block(width, vocab, 4, 16)  # whose dW in float32 fits the workspace
-        for start in range(0, vocab, size):
-            yield start, min(start + size, vocab), keep.matrix[:, start : start + size]
+        yield from keep.tiles(width)
         return
     config, dtype = _config(head, hidden), stored(head)
-    step = math.lcm(config.tile_columns, 16)
+    step = math.lcm(config.tile_columns, ALIGNED)
     size = column_block(count, vocab, 4 if isinstance(config, EpilogueConfig) else dtype.itemsize, step)
     if isinstance(config, GemmConfig):
         size = min(size, column_block(width, vocab, 4, step))
     fix = rows.target_fix().to(dtype)
     redone = launch_redo.select(rows.rest, z_y=rows.z_y, offset=rows.offset, done=True) if count else None
-    spare = torch.empty(count, launch.padded(size), dtype=dtype, device=hidden.device)
+    spare = torch.empty(count, padded(size), dtype=dtype, device=hidden.device)
     for start in range(0, vocab, size):
         stop = min(start + size, vocab)
         block = head.weight[start:stop]
@@ -374,9 +353,7 @@ def _final_tiles(
             # another.
             common |= {"low": low, "up": None if head.up is None else head.up[start:stop]}
             launch_redo.exponentials(hidden, block, tile, redone, target=local, partial=None, by_row=True, **common)
-        inside = (local >= 0) & (local < stop - start)
-        index = local.clamp(0, stop - start - 1)[:, None]
-        tile.scatter_(1, index, torch.where(inside[:, None], fix[:, None], tile.gather(1, index)))
+        place_(tile, local, 0, fix)
         yield start, stop, tile
 
 

@@ -113,11 +113,11 @@ BACKENDS: tuple[Backend, ...] = (
         _refuse_triton,
         ("cuda",),
         "mmrlhf.ops._triton",
-        takes=("adapter",),
+        takes=HEAD_KINDS,
     ),
     # Never unasked: it has not been measured against triton, and what is not measured faster is not chosen. Its
     # arithmetic is tested on the host (tests/csrc), where the same formulas and the same kernels' code run.
-    Backend("cuda", HEAD_OPS, lambda: "", _refuse_cuda, automatic=(), module="mmrlhf.ops._cuda"),
+    Backend("cuda", (*HEAD_OPS, STATISTICS), lambda: "", _refuse_cuda, (), "mmrlhf.ops._cuda", takes=HEAD_KINDS),
     Backend(
         "cpu",
         (*HEAD_OPS, STATISTICS),

@@ -165,7 +165,7 @@ def _on_this_rank(
 def choose_backend(op: str, head: Given, backend: str | None) -> str:
     """The name of the backend that runs `op`; in traced code a constant of the graph."""
     hidden = head.hidden
-    need = ("adapter",) * bool(head.adapters) + ("shard",) * (head.shard is not None)
+    need = ("adapter",) * (len(head.adapters) > 0) + ("shard",) * (head.shard is not None)
     if checks.traced(hidden):
         return library.choose(op, backend, hidden.dtype, hidden.device, need)
     return backends.choose(op, hidden, head.weight, requested=backend, need=need).name

@@ -178,7 +178,7 @@ def _response_beta(beta: float | Tensor, pairs: Tensor, ratio: Tensor) -> float 
     return torch.where(count > 0, total / count.clamp(min=1), beta.mean())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no equality; and torch 2.10 hashes what it calls in traced code
 class Objective:
     """From token log-probabilities [N] to the loss: the settings of `fused_preference_loss` after the head."""
 

@@ -155,6 +155,11 @@ def is_dtensor(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def local_rows(tensor: Any) -> Tensor:
+    """What this rank has of a DTensor: the same storage, outside autograd."""
+    return tensor.detach().to_local()
+
+
 def shard_of(weight: Any, shard: VocabShard | None) -> tuple[int | None, VocabShard | None]:
     """(the mesh dimension over which the DTensor `weight` stays cut, its `VocabShard`), or (None, None): gather it.
 

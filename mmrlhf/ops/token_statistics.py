@@ -1,13 +1,13 @@
 """What a trainer logs of each token: entropy, squared probabilities, whether the target is on top, the mean logit.
 
-public function (checks, shapes) -> `stream` here (torch, cpu), or the triton engine's `statistics`: one pass over the
-vocabulary, 1U (U = 2 N H V flops), no [N, V], no gradient.
+public function (checks, shapes) -> `stream` here (torch, cpu), or the `statistics` of the triton or cuda engine: one
+pass over the vocabulary, 1U (U = 2 N H V flops), no [N, V], no gradient.
 
 `stream` keeps, for each row, its largest logit m so far and four sums over the tokens but that one, of E = exp(z - m):
 E, E (m - z), E^2, and z. A block of columns is folded in by shifting the side with the smaller m, in float64. With
 S = 1 + sum E the entropy log1p(sum E) + sum E (m - z) / S is a sum of terms of one sign: nothing cancels, and a sure
 row's entropy of 1e-9 nats is as exact as its logits. logp = z_y - m - log1p(sum E), z_y being of the same GEMM as m.
-No offset is known without targets, and none is needed: there is no row to run again.
+No offset is known without targets, and none is needed: there is no row to run again. The cuda kernels do the same.
 Triton counts from the target's offset instead, which the same kernels take for the gradients, each tile's E t from the
 tile's own largest t. Not covered: a LoRA on the head, a vocabulary on several ranks, float64 (`ops.reference`).
 """
@@ -89,7 +89,7 @@ def _of_rows(name: str, head: Head, hidden: Tensor, targets: Tensor | None, igno
 
 def _run(name: str, head: Head, hidden: Tensor, targets: Tensor | None) -> Columns:
     with torch.autocast(hidden.device.type, enabled=False):
-        if name != "triton":
+        if name not in ("triton", "cuda"):
             return stream(head, hidden, targets)
         known = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device) if targets is None else targets
         rows, found = backends.engine(name).statistics(head, hidden, known)

@@ -37,6 +37,7 @@
 namespace emulated {
 
 inline uint3 thread_index, block_index;
+inline dim3 grid_size;
 inline uint64_t seed = 1;
 
 enum class Waits { no, block, warp };
@@ -154,10 +155,22 @@ T exchange(T value, unsigned from) {
   return value;
 }
 
+inline unsigned ballot(bool flag) {
+  Fiber& fiber = fibers[current];
+  const bool parity = fiber.parity;
+  fiber.parity = !parity;
+  slots[current].bytes[parity][0] = flag;
+  wait(Waits::warp);
+  unsigned flags = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) flags |= unsigned{slots[current / 32 * 32 + lane].bytes[parity][0]} << lane;
+  return flags;
+}
+
 }  // namespace emulated
 
 #define threadIdx (::emulated::thread_index)
 #define blockIdx (::emulated::block_index)
+#define gridDim (::emulated::grid_size)
 
 inline void __syncthreads() { ::emulated::wait(::emulated::Waits::block); }
 
@@ -166,6 +179,13 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
   if (mask != 0xffffffffu) ::emulated::fail("a shuffle of some lanes");
   return ::emulated::exchange(value, (::emulated::current % 32) ^ static_cast<unsigned>(distance));
 }
+
+inline unsigned __ballot_sync(unsigned mask, bool flag) {
+  if (mask != 0xffffffffu) ::emulated::fail("a ballot of some lanes");
+  return ::emulated::ballot(flag);
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 namespace mmrlhf::cuda {
 
@@ -178,6 +198,7 @@ cudaError_t start(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cu
   if (threads == 0 || threads > 1024 || threads % 32 != 0) return cudaErrorInvalidConfiguration;
   const std::function<void()> body = [&] { kernel(arguments...); };
   ::emulated::body = &body;
+  ::emulated::grid_size = grid;
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
       ::emulated::block_index = {x, y, 0};

@@ -45,4 +45,16 @@ void exponentials(const float* acc, const float* bias, double logit_scale, float
   }
 }
 
+// The same with a cap: E, and E times the slope.
+void capped(const float* acc, const float* bias, double logit_scale, double softcap, float k, float* e, float* kept,
+            int64_t n) {
+  const Cap cap = cap_of(logit_scale, softcap);
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = acc[i] * cap.gain;
+    const Tanh tanh = tanh_and_slope_approx(bias == nullptr ? x : fmaf(bias[i], cap.bias_gain, x));
+    e[i] = power_of_two(fmaf(tanh.value, cap.reach, -k));
+    kept[i] = e[i] * tanh.slope;
+  }
+}
+
 }  // extern "C"

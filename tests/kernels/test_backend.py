@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmrlhf.kernels.triton import configs, launch
-from mmrlhf.ops import _triton, reference
+from mmrlhf.ops import _gemm, _triton, reference
 from mmrlhf.ops.streaming import Head
 from numerics import HeadProblem, assert_no_worse, plain_logp
 
@@ -25,7 +25,7 @@ def way(request, monkeypatch):
     """How E is made, with small tiles and a workspace that takes a few of them."""
     small = configs.EpilogueConfig(4, 1, 4, 64) if request.param == "epilogue" else GEMM
     monkeypatch.setattr(configs, "pick", lambda problem: small)
-    monkeypatch.setattr(_triton, "WORKSPACE_BYTES", 10_000)
+    monkeypatch.setattr(_gemm, "WORKSPACE_BYTES", 10_000)
     monkeypatch.setattr(_triton, "ROW_STEP", 16)
     return request.param
 
@@ -96,16 +96,20 @@ def test_rows_far_below_are_run_again(way, keep):
 
 
 def test_chunks_are_whole_tiles_of_about_one_size():
-    assert _triton.row_chunk(100, 1000, 2) == 100
-    chunk = _triton.row_chunk(4000, 151646, 2)
-    assert chunk % _triton.ROW_STEP == 0
-    assert chunk * 151648 * 2 <= _triton.WORKSPACE_BYTES
-    assert -(-4000 // chunk) * chunk - 4000 < 3 * _triton.ROW_STEP
-    assert _triton.column_block(8192, 151646, 4, 1024) % 1024 == 0
-    assert _triton.column_block(1, 17, 4, 1024) == 17
+    assert _gemm.row_chunk(100, 1000, 2, 128) == 100
+    chunk = _gemm.row_chunk(4000, 151646, 2, 128)
+    assert chunk % 128 == 0
+    assert chunk * 151648 * 2 <= _gemm.WORKSPACE_BYTES
+    assert -(-4000 // chunk) * chunk - 4000 < 3 * 128
+    assert _gemm.column_block(8192, 151646, 4, 1024) % 1024 == 0
+    assert _gemm.column_block(1, 17, 4, 1024) == 17
 
 
-@pytest.mark.parametrize("beta", [0.1, torch.tensor([0.3, 0.1]), lambda s, r: (s - r).abs().mean() / 10], ids=str)
+@pytest.mark.parametrize(
+    "beta",
+    [0.1, torch.tensor([0.3, 0.1]), lambda s, r: (s - r).abs().mean() / 10],
+    ids=["number", "tensor", "function"],
+)
 def test_objective(beta):
     g = torch.Generator().manual_seed(0)
     logp, weight = -torch.rand(12, generator=g), torch.rand(12, generator=g)

@@ -8,7 +8,7 @@ import torch
 from mmrlhf.ops import backend
 
 _C = pytest.importorskip("mmrlhf._C", reason="the extension is not built")
-from mmrlhf.ops import _cuda, _cuda_passes  # noqa: E402  (import the extension)
+from mmrlhf.ops import _cuda, _cuda_passes, _gemm  # noqa: E402  (import the extension)
 
 
 def test_it_is_never_chosen_unasked_and_says_why_it_cannot_run(monkeypatch):
@@ -41,13 +41,13 @@ def test_which_devices_a_build_is_for(architectures, runs, does_not):
 def test_blocks_are_whole_tiles_within_the_workspace():
     for rows in (1, 7, 512, 2048, 16_384):
         for vocab in (17, 32_001, 151_646):
-            columns = _cuda_passes.column_block(rows, vocab, 6)
+            columns = _gemm.column_block(rows, vocab, 6, _cuda_passes.TILE_COLUMNS)
             assert columns == vocab or columns % _cuda_passes.TILE_COLUMNS == 0
             small = columns <= _cuda_passes.TILE_COLUMNS
-            assert small or rows * columns * 6 <= _cuda_passes.WORKSPACE_BYTES
-            chunk = _cuda_passes.row_chunk(rows, vocab, 256)
+            assert small or rows * columns * 6 <= _gemm.WORKSPACE_BYTES
+            chunk = _gemm.row_chunk(rows, vocab, 2, 256)
             assert chunk == rows or chunk % 256 == 0
-            assert chunk <= 256 or chunk * _cuda_passes.padded(vocab) * 2 <= _cuda_passes.WORKSPACE_BYTES
+            assert chunk <= 256 or chunk * _gemm.padded(vocab) * 2 <= _gemm.WORKSPACE_BYTES
             assert -(-rows // chunk) * chunk - rows < 256 * -(-rows // chunk)
 
 
@@ -61,3 +61,18 @@ def test_kept_lies_over_bytes_with_aligned_rows():
     assert kept.matrix.stride() == (48, 1)
     assert kept.matrix.dtype == torch.bfloat16
     assert _cuda.Kept.empty(7, head).matrix.shape == (7, 33)
+
+
+def test_both_engines_cut_and_multiply_alike():
+    """One set of functions: what one engine learns of a GEMM or a buffer the other has."""
+    from mmrlhf.ops import _triton
+
+    for name in ("Kept", "row_bytes", "multiply", "multiply_exact", "column_sums"):
+        assert getattr(_cuda, name) is getattr(_triton, name) is getattr(_gemm, name)
+
+
+def test_it_takes_every_kind_of_head():
+    row = next(each for each in backend.BACKENDS if each.name == "cuda")
+    assert row.takes == backend.HEAD_KINDS
+    assert backend.STATISTICS in row.ops
+    assert hasattr(_cuda, "statistics")

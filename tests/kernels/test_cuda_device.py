@@ -11,9 +11,17 @@ import dataclasses
 import pytest
 import torch
 
-from mmrlhf.ops import LOSS_KINDS, backend, fused_preference_loss, linear_logp, reference
+from mmrlhf.ops import (
+    LOSS_KINDS,
+    LoraAdapter,
+    backend,
+    fused_preference_loss,
+    linear_logp,
+    reference,
+    token_statistics,
+)
 from mmrlhf.ops.loss_kinds import LOSSES
-from mmrlhf.ops.streaming import Head
+from mmrlhf.ops.streaming import LOG2E, Head
 from numerics import HeadProblem, assert_no_worse, plain_logp
 
 _C = pytest.importorskip("mmrlhf._C", reason="the extension is not built")
@@ -137,9 +145,67 @@ def test_rows_far_below_are_run_again(way):
     z = problem.hidden.float() @ problem.weight.float().T + problem.bias.float()
     problem.targets[::7] = z.argmin(1)[::7]
     truth, baseline = both(problem)
-    rows, _ = _cuda.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
-    assert rows.redone is not None
+    rows, unit = _cuda.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    far = truth < -46
+    assert far.any()
+    assert (rows.offset - rows.z_y * LOG2E > 32)[far].all()
     assert_no_worse(rows.logp(), baseline, truth, name="logp")
+    assert unit.isfinite().all()
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+def test_a_graph_holds_the_whole_loss(way, keep, far):
+    """forward, objective and weight_grad never wait, and their capture replayed on new rows gives what a call gives,
+    also where only the new rows have some to run again."""
+    problem = on_device(60, 64, 3001, bias=True)
+    if far:
+        problem.hidden[::7] *= 200
+        z = problem.hidden.float() @ problem.weight.float().T
+        problem.targets[:] = z.argmin(1)
+    head = head_of(problem)
+    o = reference.Objective(
+        torch.tensor([0, 20, 45, 60]).cuda(), torch.tensor([[0, 1], [2, 1]]).cuda(), reduction="mean", sft_weight=0.25
+    )
+    weight, bias = torch.empty_like(problem.weight), torch.empty_like(problem.bias.float())
+
+    def step(hidden):
+        kept = _cuda.Kept.empty(60, head) if keep else None
+        rows, unit = _cuda.forward(head, hidden, problem.targets, unit=True, keep=kept)
+        result, coef = _cuda.objective(o, rows.logp())
+        _cuda.weight_grad(head, hidden, rows, coef, grad_weight=weight, grad_bias=bias, keep=kept)
+        return result.loss, unit
+
+    wanted = [each.clone() for each in (*step(problem.hidden), weight, bias)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(problem.hidden)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    static, graph = torch.zeros_like(problem.hidden), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, unit = step(static)
+    static.copy_(problem.hidden)
+    graph.replay()
+    torch.cuda.synchronize()
+    for found, expected in zip((loss, unit, weight, bias), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-2 if found.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+
+
+def test_an_adapter_and_statistics():
+    """A LoRA's gradients and token statistics in bfloat16, next to the torch backend's on the same device."""
+    problem, found = on_device(50, 64, 3001, bias=True), {}
+    a, b = torch.randn(4, 64, device="cuda") / 8, torch.randn(3001, 4, device="cuda") / 8
+    for name in ("cuda", "torch"):
+        leaves = [each.clone().requires_grad_() for each in (problem.hidden, a, b)]
+        adapter = LoraAdapter(leaves[1], leaves[2], 0.5)
+        logp = linear_logp(leaves[0], problem.weight, problem.targets, bias=problem.bias, adapter=adapter, backend=name)
+        told = token_statistics(problem.hidden, problem.weight, problem.targets, bias=problem.bias, backend=name)
+        grads = torch.autograd.grad(logp.sum(), leaves)
+        found[name] = [logp.detach(), told.entropy, told.sum_p2, told.mean_logit, told.logp, *grads]
+    for ours, theirs in zip(found["cuda"], found["torch"], strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
 
 
 def test_a_nonfinite_row_stays_its_own(way):

@@ -196,6 +196,32 @@ def test_logp_stays_below_a_millionth(host, spread):
     assert np.sqrt(np.mean(np.square(errors))) < 1e-6
 
 
+@pytest.mark.parametrize(("softcap", "spread"), [(30.0, 5.0), (30.0, 60.0), (4.0, 3.0), (1000.0, 20.0)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_capped_exponentials_against_float64(host, softcap, spread, with_bias):
+    """E within 1.2e-5 relative where |t| < 60, and E times the slope within 2e-5: t is 60 times a tanh in float32. The
+    slope is no difference from 1, so that it keeps its digits where the cap is reached."""
+    generator = np.random.default_rng(1)
+    acc, n = (generator.standard_normal(4001) * spread).astype(np.float32), 4001
+    acc[:3] = 0.0, 1e6, -1e6
+    bias = generator.standard_normal(n).astype(np.float32) if with_bias else None
+    k, e, kept = 7.0, np.empty_like(acc), np.empty_like(acc)
+    pointers = [None if a is None else a.ctypes.data_as(ctypes.c_void_p) for a in (acc, bias, e, kept)]
+    sizes = ctypes.c_double(0.7), ctypes.c_double(softcap), ctypes.c_float(k)
+    host.capped(pointers[0], pointers[1], *sizes, *pointers[2:], INT64(n))
+    x = (0.7 * acc.astype(np.float64) + (0.0 if bias is None else bias)) / softcap
+    t = softcap * np.tanh(x) * math.log2(math.e) - k
+    slope = 1 / np.cosh(np.clip(x, -300, 300)) ** 2
+    near, exact = np.abs(t) < 60, np.exp2(np.minimum(t, 100))
+    assert near.sum() > n // 2
+    assert np.max(np.abs(e[near] / exact[near] - 1)) < 1.2e-5
+    seen = near & (slope * exact > 1e-30)
+    assert np.max(np.abs(kept[seen] / (slope * exact)[seen] - 1)) < 2e-5
+    if softcap < 80:  # else E itself overflows there, and the row is made again
+        assert e[1] > 0
+        assert kept[1] == 0
+
+
 def test_special_values(host):
     with np.errstate(over="ignore"):
         t, e = exponentials(host, np.array([np.nan, np.inf, -np.inf, 1e30, -1e30], np.float32), k=3)
@@ -285,7 +311,7 @@ def test_cpu_tensors_are_not_taken(extension):
     ("rows", "vocab", "width"),
     [(1, 1, 8), (3, 257, 64), (64, 1000, 72), (129, 32001, 896), (700, 50257, 136), (2304, 4097, 512)],
 )
-@pytest.mark.parametrize("variant", ["plain", "bias and scale", "sums alone"])
+@pytest.mark.parametrize("variant", ["plain", "bias and scale", "sums alone", "softcap", "softcap alone"])
 def test_against_float64(extension, tile, rows, vocab, width, variant):
     if not extension.build_info()["exp2_gemm"]:
         pytest.skip("built without CUTLASS's headers")
@@ -297,20 +323,24 @@ def test_against_float64(extension, tile, rows, vocab, width, variant):
     hidden, weight = normal(rows, width).bfloat16(), (normal(vocab, width) * 2 / width**0.5).bfloat16()
     target = torch.randint(vocab, (rows,), generator=generator, device=device)
     target[0] = -5  # meets no column
-    full = variant == "bias and scale"
+    full, softcap = variant in ("bias and scale", "softcap"), 5.0 if "softcap" in variant else 0.0
     bias, scale = (normal(vocab), 0.7) if full else (None, 1.0)
     z = scale * hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    slope = 1.0
+    if softcap:
+        slope, z = 1 - torch.tanh(z / softcap) ** 2, softcap * torch.tanh(z / softcap)
     offset = (z.gather(1, target.clamp(min=0)[:, None])[:, 0] * math.log2(math.e)).round().float()
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     cut = extension.exp2_gemm_sm90_plan(rows, vocab, multiprocessors=multiprocessors, tile=tile)
     leading = -(-vocab // 8) * 8 + 8
     whole = torch.full((rows, leading), float("nan"), dtype=torch.bfloat16, device=device)
-    out = None if variant == "sums alone" else whole[:, :vocab]
+    out = None if "alone" in variant else whole[:, :vocab]
     partials = []
     for _ in range(2):
         partial = torch.full((cut["tiles"], cut["padded_rows"]), float("nan"), device=device)
         stream = torch.cuda.current_stream().cuda_stream
         options = {"target": target, "offset": offset, "partial": partial, "bias": bias, "logit_scale": scale}
+        options["softcap"] = softcap
         extension.exp2_gemm_sm90_(hidden, weight, out, **options, tile=tile, stream=stream)
         partials.append(partial[:, :rows].clone())
     exact = torch.exp2(z * math.log2(math.e) - offset[:, None].double())
@@ -319,5 +349,5 @@ def test_against_float64(extension, tile, rows, vocab, width, variant):
     assert torch.equal(partials[0], partials[1])
     torch.testing.assert_close(partials[0].double(), sums, rtol=1e-5, atol=1e-30)
     if out is not None:
-        torch.testing.assert_close(out.double(), exact, rtol=2.0**-8 + 1e-5, atol=1e-30)
+        torch.testing.assert_close(out.double(), exact * slope, rtol=2.0**-8 + 1e-5, atol=1e-30)
         assert whole[:, vocab:].isnan().all(), "columns past the vocabulary were written"

@@ -13,6 +13,7 @@ import torch
 
 from mmrlhf.kernels.triton import configs, launch
 from mmrlhf.ops import reference
+from mmrlhf.ops._gemm import padded
 from numerics import HeadProblem, assert_no_worse, plain_logp
 
 EPILOGUE = configs.EpilogueConfig(4, 1, 4, 64)
@@ -50,7 +51,7 @@ def run(hidden, weight, targets, config, *, bias=None, logit_scale=1.0, softcap=
             if stop > start:
                 launch.exp2_epilogue(tile, e[:, start:stop], start=start, bias=own, partial=part, **common)
     else:
-        e = nan(n, launch.padded(vocab))[:, :vocab]
+        e = nan(n, padded(vocab))[:, :vocab]
         launch.exp2_gemm(hidden, weight, e, bias=bias, partial=partial, **common)
     launch.finish(partial, z_y=z_y, offset=k, vocab=vocab, rest=rest, logp=logp, statistics=found)
     scalars = {"z_y": z_y, "offset": k, "rest": rest, "slope_y": slope}

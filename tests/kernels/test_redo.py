@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmrlhf.kernels.triton import configs, launch, launch_redo
-from mmrlhf.ops import _triton, reference
+from mmrlhf.ops import _gemm, _triton, reference
 from mmrlhf.ops.streaming import Head
 from numerics import HeadProblem, assert_no_worse, plain_logp
 
@@ -29,7 +29,7 @@ def way(request, monkeypatch):
     small = configs.EpilogueConfig(4, 1, 8, 64) if request.param == "epilogue" else configs.GemmConfig(4, 1, 16, 64, 16)
     monkeypatch.setattr(configs, "pick", lambda problem: small)
     monkeypatch.setattr(configs, "REDO_FLOAT", configs.GemmConfig(4, 1, 16, 64, 16))
-    monkeypatch.setattr(_triton, "WORKSPACE_BYTES", 16 * 80 * 4)
+    monkeypatch.setattr(_gemm, "WORKSPACE_BYTES", 16 * 80 * 4)
     monkeypatch.setattr(_triton, "ROW_STEP", 16)
     return request.param
 

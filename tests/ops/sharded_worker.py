@@ -6,6 +6,7 @@ those of one process with the whole vocabulary, which each rank computes for its
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 
+from mmrlhf.kernels.triton import configs  # noqa: E402
 from mmrlhf.ops import LoraAdapter, VocabShard, fused_preference_loss, linear_logp, reference  # noqa: E402
 from numerics import HeadProblem, assert_no_worse  # noqa: E402
 
@@ -33,6 +35,7 @@ ROWWISE = ("weight", "bias", "b")  # cut by the vocabulary; hidden and a are not
 NAMES = ("hidden", "a", *ROWWISE)
 FROZEN = ("hidden", "a", "b")
 CUTS = {"even": (0, 651, V), "uneven": (0, 100, V), "empty": (0, V, V)}
+GEMM = configs.GemmConfig(4, 1, 64, 512, 32)
 UPSTREAM = torch.randn(N, generator=torch.Generator().manual_seed(7))
 
 
@@ -164,6 +167,70 @@ def case_rows_done_again():
         compare(loss_of, fused_preference_loss, tensors, targets, cut=cut, memory_budget=budget)
 
 
+@contextlib.contextmanager
+def large_tiles(**more):
+    """The triton kernels' configurations for the interpreter, which pays a program, not an element."""
+    rows = configs.RowConfig(4, 1, 64, 512)
+    epilogue = configs.EpilogueConfig(4, 1, 64, 512)
+    wanted = {"EPILOGUE": epilogue, "EPILOGUE_NARROW": epilogue, "REDO_FLOAT": GEMM, **more}
+    wanted |= dict.fromkeys(("TARGET_LOGIT", "UNIT_GRADIENT"), rows)
+    before = {name: getattr(configs, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            setattr(configs, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(configs, name, value)
+
+
+def case_triton():
+    """The kernels in the interpreter; some targets lie far below a largest logit of this rank or the other."""
+    tensors, targets = problem(far=True)
+    with large_tiles():
+        common = {"options": {"logit_scale": 1.0, "softcap": 500.0}, "backend": "triton"}
+        out = compare(logp_of, linear_logp, tensors, targets, cut=CUTS["uneven"], **common, memory_budget=0)
+        assert (out[[3, 17]] < -100).all()
+        compare(loss_of, fused_preference_loss, tensors, targets, cut=CUTS["empty"], **common)
+
+
+def case_triton_without_an_adapter():
+    """Only then does the fused GEMM make E, and the target's logit come from a kernel."""
+    cap = {"softcap": 500.0, "logit_scale": 0.8}
+    with large_tiles():
+        without_an_adapter(CUTS["uneven"], keep=True, **cap)
+    with large_tiles(pick=lambda problem: GEMM):
+        without_an_adapter(CUTS["uneven"], keep=False)
+        without_an_adapter(CUTS["empty"], keep=True, **cap)
+
+
+def without_an_adapter(cut, *, keep, **options):
+    """linear_logp of hidden, weight and bias alone, sharded, against the whole in float64 and in float32."""
+    tensors, targets = problem(far=True)
+    names, mine = ("hidden", "weight", "bias"), slice(cut[dist.get_rank()], cut[dist.get_rank() + 1])
+    found = []
+    for dtype in (torch.float64, torch.float32, None):
+        given = leaves(tensors, names, dtype, None if dtype else cut)
+        arguments = {"bias": given["bias"], **options}
+        if dtype is not None:
+            logits = given["hidden"] @ given["weight"].T * options.get("logit_scale", 1.0) + given["bias"]
+            cap = options.get("softcap")
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        else:
+            arguments |= {"shard": VocabShard(cut), "memory_budget": None if keep else 0, "backend": "triton"}
+            logp = linear_logp(given["hidden"], given["weight"], targets, **arguments)
+        logp.backward(UPSTREAM.to(logp.dtype))
+        found.append((logp, *(given[name].grad for name in names)))
+    for name, truth, base, ours in zip(("logp", *names), *found, strict=True):
+        part = mine if name in ROWWISE else slice(None)
+        if ours.numel():
+            floor = float(torch.finfo(torch.float32).eps * truth.abs().max())
+            assert_no_worse(ours, base[part], truth[part], floor=floor, name=f"{name} {cut} {options}")
+    same_on_every_rank(found[2][0].detach())
+    same_on_every_rank(found[2][1])
+
+
 def case_ignored_rows():
     tensors, targets = problem()
     targets[[0, 20, 46]] = -100
@@ -222,7 +289,6 @@ def case_what_is_refused():
     raises(ValueError, "the number of rows", linear_logp, hidden[fewer], weight, targets[fewer], shard=shard)
     compiled = torch.compile(linear_logp, backend="aot_eager")
     raises(Exception, "not for traced code", compiled, hidden, weight, targets, shard=shard)
-    raises(RuntimeError, "it takes no shard", linear_logp, hidden, weight, targets, shard=shard, backend="triton")
 
 
 def own_rows(rank):

@@ -27,7 +27,11 @@ def results(tmp_path_factory) -> list[dict[str, str | None]]:
     """What each rank says of each case: its traceback, or None."""
     out = tmp_path_factory.mktemp("sharded")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+    }  # on the CPU, with a GPU beside it too
     # A collective that only one rank makes would hang: the limit is what ends the test then.
     done = subprocess.run([*command, str(out)], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
