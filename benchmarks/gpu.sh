@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Build, check and time everything that needs an NVIDIA GPU, within a time budget, the most telling steps first:
+# Build, check and time everything that needs an NVIDIA GPU, within a time budget, the cheapest proof first:
 #
 #     bash benchmarks/gpu.sh                 everything, at most 9 minutes
 #     bash benchmarks/gpu.sh --dry-run       the plan, on any machine
 #     bash benchmarks/gpu.sh --only ops,small    or --skip tests,step; facts always run, build too unless skipped
+#     bash benchmarks/gpu.sh --fetch FOLDER  download the wheels of gpu_wheels.txt for WHEELS (needs a network, no GPU)
 #
-# Variables: BUDGET (seconds for all, 540), OUT (results and logs, benchmarks/results/gpu), WORK (environment, build and
-# Triton's cache, build/gpu: kept for the next run), PYTHON (an interpreter with torch and triton:
-# .venv/bin/python, else python3), WHEELS (a folder of wheels to install beside it: peers, nanobind-backend,
-# nvidia-cutlass, without which the CUDA GEMM for Hopper is left out), COMMIT (where there is no git).
+# Variables: BUDGET (seconds for all, 540), OUT (what is kept: summary.md, summary.json with every figure, steps.tsv,
+# log.txt, and profiles; benchmarks/results/gpu), WORK (environment, build, parts and Triton's cache, build/gpu: kept
+# for the next run), PYTHON (an interpreter with torch and triton: .venv/bin/python, else python3), WHEELS (a folder of
+# wheels to install beside it: peers, nanobind-backend, nvidia-cutlass, without which the CUDA GEMM for Hopper is left
+# out), COMMIT (where there is no git).
 #
-# Needs no network, and writes to no environment but its own. A step that fails does not stop the later ones. Exit
-# status: 0 all steps that ran passed, 1 some failed (the last lines and OUT/summary.md name them), 2 no CUDA device.
+# Needs no network, and writes to no environment but its own. A step that fails does not stop the later ones, and OUT
+# is brought up to date every 10 seconds, so a run that is killed loses no more. Exit status: 0 all steps that ran
+# passed, 1 some failed (the last lines and OUT/summary.md name them), 2 no CUDA device.
 set -euo pipefail
 self=$(readlink -f "${BASH_SOURCE[0]}")
 root=$(dirname "$(dirname "$self")")
@@ -20,7 +23,7 @@ cd "$root"
 [[ -n ${PYTHON:-} || ! -x .venv/bin/python ]] || PYTHON=$PWD/.venv/bin/python
 BUDGET=${BUDGET:-540} PYTHON=${PYTHON:-python3} WHEELS=${WHEELS:-} COMMIT=${COMMIT:-}
 OUT=$(readlink -m "${OUT:-benchmarks/results/gpu}") WORK=$(readlink -m "${WORK:-build/gpu}")
-PY=$WORK/venv/bin/python
+PY=$WORK/venv/bin/python PARTS=$WORK/parts
 SKIP=77 # a step's exit status for "cannot run here"; its last line says why
 
 now() { date +%H:%M:%S; }
@@ -33,7 +36,7 @@ has() { "$PY" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec(
 
 # --- The steps: do_NAME runs in a process of its own, with LIMIT seconds -----------------------------------------------
 
-do_facts() { run "$PYTHON" -m benchmarks.gpu_facts --write "$OUT/facts.json"; }
+do_facts() { run "$PYTHON" -m benchmarks.gpu_facts --write "$PARTS/facts.json"; }
 
 # An environment of our own that sees PYTHON's packages: a path in a .pth file adds a folder without running the .pth
 # files inside it, so that an mmrlhf installed there is not taken for this one.
@@ -47,6 +50,7 @@ install() { run "$PY" -m pip install --no-index --no-deps "$@"; }
 
 wheels() {
   local wheel failed=0
+  install -q "$WHEELS"/*.whl && return # in one go; where pip refuses one of them, each by itself
   for wheel in "$WHEELS"/*.whl; do
     install "$wheel" || { echo "FAILED to install $wheel"; failed=1; }
   done
@@ -127,24 +131,33 @@ do_build() {
       MMRLHF_NO_EXT=1 install --no-build-isolation -C "build-dir=$WORK/build-pure" -e . || unbuilt
     fi
   fi
-  "$PY" -m benchmarks.gpu_facts --write "$OUT/facts.json"
+  "$PY" -m benchmarks.gpu_facts --write "$PARTS/facts.json"
   "$PY" -c 'import mmrlhf.kernels.triton.launch'
   return "$failed"
 }
 
 do_launchers() { run "$PY" -m benchmarks.gpu_sanitize; }
 
+# Several processes: a test's time is the compiler's, not the GPU's.
 do_tests() {
-  local -a files
+  local -a files options=()
   mapfile -t files < <(grep -rlE 'mark\.gpu' tests --include='test_*.py' | sort)
-  [[ -n ${DRY:-} ]] || has pytest || cannot "pytest is not installed"
-  run "$PY" -m pytest -q -m gpu --continue-on-collection-errors -p no:cacheprovider --junitxml "$OUT/tests.xml" "${files[@]}"
+  if [[ -z ${DRY:-} ]]; then
+    has pytest || cannot "pytest is not installed"
+    ! has xdist || options+=(-n 6)
+    ! has pytest_timeout || options+=(--timeout 60)
+  fi
+  run "$PY" -m pytest -v --tb=short -m gpu --continue-on-collection-errors -p no:cacheprovider --junitxml "$PARTS/tests.xml" \
+    "${options[@]}" "${files[@]}"
 }
 
-do_ceilings() { run "$PY" -m benchmarks.gpu_ceilings --seconds "$((LIMIT - 15))" --write "$OUT/ceilings.json"; }
-do_small() { run "$PY" -m benchmarks.gpu_small --write "$OUT/small.json"; }
-do_tune() { run "$PY" -m benchmarks.tune --seconds "$((LIMIT - 25))" --write "$OUT/tuned.py"; }
-do_ops() { run "$PY" -m benchmarks.gpu_ops --seconds "$((LIMIT - 20))" --write "$OUT/ops.json"; }
+do_ceilings() { run "$PY" -m benchmarks.gpu_ceilings --seconds "$((LIMIT - 12))" --write "$PARTS/ceilings.json"; }
+do_small() { run "$PY" -m benchmarks.gpu_small --write "$PARTS/small.json"; }
+do_ops() { run "$PY" -m benchmarks.gpu_ops --seconds "$((LIMIT - 15))" --write "$PARTS/ops.json"; }
+do_more() {
+  run "$PY" -m benchmarks.gpu_ops --rest --race --seconds "$((LIMIT - 15))" --write "$PARTS/more.json"
+}
+do_tune() { run "$PY" -m benchmarks.tune --seconds "$((LIMIT - 25))" --write "$PARTS/tuned.py"; }
 
 checker() {
   command -v compute-sanitizer >/dev/null || [[ -n ${DRY:-} ]] || cannot "compute-sanitizer is not on the PATH"
@@ -156,52 +169,78 @@ do_racecheck() { checker racecheck; }
 do_synccheck() { checker synccheck; }
 do_initcheck() { checker initcheck; }
 
-do_step() {
-  run "$PY" -m benchmarks.gpu_step --model qwen2_5_vl_7b --seconds "$((LIMIT - 15))" --write "$OUT/step.json"
+whole_step() { run "$PY" -m benchmarks.gpu_step --seconds "$((LIMIT - 12))" --write "$PARTS/$1.json" "${@:2}"; }
+do_step() { whole_step step --profile "$OUT/profile.txt"; }
+do_liger() { whole_step liger --liger --k 2 --side "live reference" --side "cached reference"; }
+do_long() { whole_step long --prefix 3700; }
+do_full() { whole_step full --full --k 2; }
+
+# Counters of the kernels of one frozen-head call. The clocks are left as they are.
+do_counters() {
+  command -v ncu >/dev/null || [[ -n ${DRY:-} ]] || cannot "ncu is not on the PATH"
+  run ncu --clock-control none --profile-from-start off --launch-count 6 --section SpeedOfLight --section Occupancy \
+    --section LaunchStats --log-file "$OUT/counters.txt" "$PY" -m benchmarks.gpu_ops --once
 }
 
-do_summary() { run "$PY" -m benchmarks.gpu_summary --folder "$OUT"; }
+do_summary() { run "$PYTHON" -m benchmarks.gpu_summary --folder "$PARTS" --out "$OUT"; }
 
-# --- The plan: name, most seconds, fewest seconds worth starting with, seconds to leave for the steps after it ---------
+# --- The plan: names (with commas: side by side), most seconds, fewest worth starting with, seconds to leave after it --
 
 plan() {
   cat <<PLAN
-build 180 30 0
-launchers 75 20 0
-tests 120 20 0
-small 45 15 0
-ceilings 35 20 0
-ops 190 45 90
-tune 75 45 60
-memcheck 60 15 0
-racecheck 60 15 0
-synccheck 45 15 0
-initcheck 60 15 0
-step 400 90 0
+build 170 30 0
+launchers 60 20 0
+tests 75 20 0
+small 30 15 150
+ceilings 24 18 150
+ops 150 45 85
+step 120 45 30
+memcheck,racecheck,synccheck,initcheck 75 20 0
+counters 40 25 0
+liger 45 40 0
+long 100 60 0
+full 75 45 0
+tune 75 45 0
+more 240 45 0
 PLAN
 }
+
+names() { plan | cut -d ' ' -f 1 | tr , '\n'; }
 
 wanted() { # NAME: whether --only and --skip leave it in
   [[ ,$skip, != *,"$1",* ]] || return 1
   [[ -z $only || $1 == build || ,$only, == *,"$1",* ]]
 }
 
-record() { printf '%s\t%s\t%s\t%s\t%s\n' "$@" >>"$OUT/steps.tsv"; } # name, status, exit status, seconds, reason
+record() { printf '%s\t%s\t%s\t%s\t%s\n' "$@" >>"$PARTS/steps.tsv"; } # name, status, exit status, seconds, reason
+
+# The line of a log that says most about a failure: the last one that names an error.
+telling() {
+  local line
+  line=$(grep -aE '(Error|ERROR|error:|FAILED|FAULT|WRONG|fatal)' "$1" | grep -av 'ERROR SUMMARY: 0' | tail -n 1 || true)
+  [[ -n $line ]] || line=$(tail -n 1 "$1")
+  printf '%.240s' "${line//$'\t'/ }"
+}
 
 step() { # NAME LIMIT
-  local name=$1 limit=$2 begin=$SECONDS rc=0 status=ok reason="" log=$OUT/logs/$1.log
+  local name=$1 limit=$2 begin=$SECONDS rc=0 status=ok reason="" log=$PARTS/logs/$1.log
   say "$name (at most $limit s)"
   LIMIT=$limit timeout --kill-after=10 "$limit" bash "$self" --step "$name" </dev/null >"$log" 2>&1 || rc=$?
   case $rc in
     0) ;;
     "$SKIP") status=skipped reason=$(tail -n 1 "$log") ;;
-    124 | 137) status=timeout reason="over $limit s" ;;
-    *) status=failed reason="exit status $rc, see logs/$name.log" ;;
+    124 | 137) status=timeout reason="over $limit s; last: $(telling "$log")" ;;
+    *) status=failed reason="exit status $rc: $(telling "$log")" ;;
   esac
   record "$name" "$status" "$rc" "$((SECONDS - begin))" "$reason"
-  [[ $status == ok ]] || tail -n 15 "$log" | sed 's/^/     /'
+  [[ $status == ok || $status == skipped ]] || tail -n 6 "$log" | cut -c 1-160 | sed 's/^/     /'
   say "$status: $name, $((SECONDS - begin)) s${reason:+ ($reason)}"
   LAST=$rc
+}
+
+# What is there so far, whole files only: OUT stays a handful of files however many parts there are.
+publish() {
+  "$PYTHON" -m benchmarks.gpu_summary --folder "$PARTS" --out "$OUT" --quiet >/dev/null 2>&1 || true
 }
 
 # --- Arguments ------------------------------------------------------------------------------------------------------------
@@ -216,6 +255,12 @@ while (($#)); do
       [[ $1 == --only ]] && only=$2 || skip=$2
       shift
       ;;
+    --fetch)
+      [[ -n ${2:-} ]] || { echo "--fetch needs a folder" >&2; exit 64; }
+      exec "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
+        --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d "$2" -r benchmarks/gpu_wheels.txt
+      ;;
     --step) # for this script alone: one step in its own process
       "do_$2"
       exit
@@ -229,26 +274,32 @@ while (($#)); do
   shift
 done
 for name in ${only//,/ } ${skip//,/ }; do
-  plan | grep -q "^$name " || { echo "no step is called $name; there are: $(plan | cut -d ' ' -f 1 | xargs)" >&2; exit 64; }
+  names | grep -qx -- "$name" || { echo "no step is called $name; there are: $(names | xargs)" >&2; exit 64; }
 done
 [[ $BUDGET =~ ^[0-9]+$ ]] || { echo "BUDGET must be whole seconds, got '$BUDGET'" >&2; exit 64; }
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)} PYTHONPATH="$root/tests" PYTHONUNBUFFERED=1
-export TRITON_CACHE_DIR=$WORK/triton COMMIT BUDGET PYTHON WHEELS OUT WORK DRY
+export TRITON_CACHE_DIR=$WORK/triton TORCHINDUCTOR_CACHE_DIR=$WORK/inductor COMMIT BUDGET PYTHON WHEELS OUT WORK PARTS DRY
 export GPU_COMMAND="${WHEELS:+WHEELS=$(basename "$WHEELS") }BUDGET=$BUDGET bash benchmarks/gpu.sh${given[*]:+ ${given[*]}}"
 unset TRITON_INTERPRET
+for place in "${CUDA_HOME:-/usr/local/cuda}/bin" /usr/local/cuda/compute-sanitizer; do # where installers leave them
+  [[ ! -d $place ]] || PATH=$PATH:$place
+done
+export PATH
 
 if [[ -n $DRY ]]; then
   echo "budget $BUDGET s, results in $OUT, work in $WORK"
   LIMIT=60 # what the commands below show; a run gives each step what is left
   echo "facts: at most 60 s; exit status 2 where there is no CUDA device"
   do_facts
-  while read -r name most least reserve; do
-    wanted "$name" || continue
-    echo "$name: at most $most s, and not started where less than $((least + reserve)) s are left"
-    LIMIT=$most
-    "do_$name"
+  while read -r group most least reserve; do
+    for name in ${group//,/ }; do
+      wanted "$name" || continue
+      echo "$name: at most $most s, and not started where less than $((least + reserve)) s are left"
+      LIMIT=$most
+      "do_$name"
+    done
   done < <(plan)
   echo "summary: always"
   do_summary
@@ -258,34 +309,51 @@ fi
 # --- The run --------------------------------------------------------------------------------------------------------------
 
 wanted build || [[ -x $PY ]] || { echo "build was skipped, but $PY is not there from an earlier run" >&2; exit 64; }
-mkdir -p "$OUT/logs" "$WORK"
-rm -f "$OUT/steps.tsv"
+mkdir -p "$OUT" "$WORK" "$PARTS/logs"
+rm -f "$PARTS/steps.tsv"
 started=$SECONDS
-step facts 60
+step facts 90
 if ((LAST == 2)); then
+  publish
   echo "no CUDA device"
   exit 2
 fi
-((LAST == 0)) || exit 1
-while read -r name most least reserve; do
-  if ! wanted "$name"; then
-    record "$name" "left out" "" 0 "by --only or --skip"
-    continue
-  fi
-  rm -f "$OUT/$name.json" "$OUT/$name.xml"
+((LAST == 0)) || { publish; exit 1; }
+while sleep 10; do publish; done </dev/null >/dev/null 2>&1 & # holds no pipe open when this script has ended
+publisher=$!
+trap 'kill "$publisher" 2>/dev/null || true' EXIT
+while read -r group most least reserve; do
+  chosen=()
+  for name in ${group//,/ }; do
+    if wanted "$name"; then
+      chosen+=("$name")
+      rm -f "$PARTS/$name.json" "$PARTS/$name.xml"
+    else
+      record "$name" "left out" "" 0 "by --only or --skip"
+    fi
+  done
+  ((${#chosen[@]})) || continue
+  [[ -z $only ]] || reserve=0 # for steps that may not come
   left=$((BUDGET - 15 - (SECONDS - started)))
   limit=$((left - reserve < most ? left - reserve : most))
   if ((limit < least)); then
-    record "$name" skipped "" 0 "$limit s were left of the budget, fewer than $least"
-    say "skipped: $name, $left s left"
+    for name in "${chosen[@]}"; do record "$name" skipped "" 0 "$((limit < 0 ? 0 : limit)) s were left of the budget, fewer than $least"; done
+    say "skipped: ${chosen[*]}, $left s left"
     continue
   fi
-  step "$name" "$limit"
-  if [[ $name == build && ! -x $PY ]]; then break; fi
+  running=()
+  for name in "${chosen[@]:1}"; do
+    step "$name" "$limit" &
+    running+=("$!")
+  done
+  step "${chosen[0]}" "$limit"
+  ((${#running[@]} == 0)) || wait "${running[@]}"
+  if [[ ${chosen[0]} == build && ! -x $PY ]]; then break; fi
 done < <(plan)
+kill "$publisher" 2>/dev/null || true
 LIMIT=15 timeout 15 bash "$self" --step summary || say "FAILED: summary"
 say "all in $((SECONDS - started)) s; results in $OUT"
-if cut -f 2 "$OUT/steps.tsv" | grep -qE 'failed|timeout'; then
-  say "FAILED: $(awk -F '\t' '$2 == "failed" || $2 == "timeout" {print $1}' "$OUT/steps.tsv" | xargs)"
+if cut -f 2 "$PARTS/steps.tsv" | grep -qE 'failed|timeout'; then
+  say "FAILED: $(awk -F '\t' '$2 == "failed" || $2 == "timeout" {print $1}' "$PARTS/steps.tsv" | xargs)"
   exit 1
 fi

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,16 @@ def gemms(shape: HeadShape, rows: int, device: torch.device) -> dict[str, Callab
         if device.type == "cuda":
             found[f"{name} float32 out"] = partial(torch.mm, left, right, out_dtype=torch.float32, out=out.float())
     return found
+
+
+def runs(step: Callable[[], Any]) -> bool:
+    """Whether it does; an older PyTorch has no float32 results of bfloat16."""
+    try:
+        step()
+    except (RuntimeError, TypeError, NotImplementedError):
+        traceback.print_exc()
+        return False
+    return True
 
 
 def bandwidth(device: torch.device, clock: Clock, size: int) -> dict[str, float]:
@@ -70,7 +81,11 @@ def main(words: list[str] | None = None) -> int:
                 print(f"not reached: {head} N={rows}")
                 continue
             shape = HEADS[head]
-            times = interleaved(gemms(shape, rows, device), clock, seconds=0.5, most=15)
+            steps = gemms(shape, rows, device)
+            for name in [name for name in steps if not runs(steps[name])]:
+                print(f"FAILED {head} N={rows} {name}")
+                del steps[name]
+            times = interleaved(steps, clock, seconds=0.4, most=15)
             flops = 2.0 * rows * shape.width * shape.vocab
             for name, spent in times.items():
                 ms = median(spent)
@@ -79,6 +94,7 @@ def main(words: list[str] | None = None) -> int:
                 print(f"{head:13} N={rows:<6} {name:20} {ms:9.3f} ms {row['tflops']:7.1f} TFLOP/s", flush=True)
             if chosen.write:
                 save(chosen.write, state)
+            del steps, times
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return 0

@@ -17,10 +17,10 @@ from torch import Tensor
 from benchmarks.gpu_measure import BETA, Problem, Step, pair_loss, scores_of
 from benchmarks.peers import cce, liger, trl
 from mmrlhf.ops import fused_preference_loss, linear_logp
+from mmrlhf.ops.backend import choose
 
 OPS = ("linear_logp", "fused_preference_loss")
 LogpOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, H], weight [V, H], targets [N] -> [N]
-LIGER_CASE = ("qwen2-7b", 2048)
 MODES = ("forward", "frozen", "trained")  # no gradients; of hidden; of hidden and weight
 
 
@@ -32,11 +32,12 @@ class Case:
     mode: str
     padded: int = 0  # prefix rows a response, which only a peer that cannot leave them out computes
     pairs: int = 4
+    liger: bool = False  # with Liger's loss, which compiles for up to a minute a shape
 
     @property
     def name(self) -> str:
         tail = f" prefix {self.padded}" if self.padded else ""
-        return f"{self.op} {self.mode} {self.head} N={self.rows}{tail}"
+        return f"{self.op} {self.mode} {self.head} N={self.rows}{tail}{' and Liger' if self.liger else ''}"
 
     @property
     def floor(self) -> int:
@@ -124,6 +125,15 @@ def mine(case: Case, problem: Problem, backend: str, config: object | None = Non
     return step
 
 
+def refused(case: Case, problem: Problem, backend: str) -> str | None:
+    """Why this build's `backend` does not take the case; None if it does."""
+    try:
+        choose(case.op, problem.hidden, problem.weight, requested=backend)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def composed(case: Case, problem: Problem, logp_of: LogpOf) -> Step:
     """The case by a peer's log-probabilities; the loss over them is a few small PyTorch ops."""
 
@@ -189,8 +199,14 @@ def contestants(case: Case, problem: Problem, *, race: bool) -> tuple[list[Conte
         ways = launch_configs(problem)
         for name in ways if race else ("triton", "triton epilogue"):
             found.append(Contestant(name, mine(case, problem, "triton", ways[name])))
-    found.append(Contestant("torch", mine(case, problem, "torch")))
-    if cuda and case.mode == "trained":
+        why = refused(case, problem, "cuda")
+        if why:
+            absent["cuda"] = why
+        else:
+            found.append(Contestant("cuda", mine(case, problem, "cuda")))
+    if race or not cuda:
+        found.append(Contestant("torch", mine(case, problem, "torch")))
+    if race and cuda and case.mode == "trained":
         found.append(Contestant("triton budget 8 GiB", mine(case, problem, "triton", budget=8 << 30)))
         found.append(Contestant("triton budget 0", mine(case, problem, "triton", budget=0)))
     peers: list[tuple[str, str | None, LogpOf]] = [("trl", trl.missing(), trl.chunked_logp)]
@@ -202,14 +218,12 @@ def contestants(case: Case, problem: Problem, *, race: bool) -> tuple[list[Conte
         else:
             found.append(Contestant(name, composed(case, problem, logp_of), ours=False))
     found.append(Contestant("pytorch", composed(case, problem, full_logits), ours=False))
-    if case.op == "fused_preference_loss":
+    if case.liger:
         why = liger.missing()
         if why:
             absent["liger dpo"] = why
         elif not cuda or case.rows % (2 * case.pairs):
             absent["liger dpo"] = "needs CUDA, and responses of one length"
-        elif case.mode != "trained" or not (case.padded or (case.head, case.rows) == LIGER_CASE):
-            absent["liger dpo"] = "compiles for up to a minute a shape: left to one trained head and the padded pair"
         else:
             found.append(Contestant("liger dpo", liger_dpo(case, problem), ours=False))
     return found, absent

@@ -1,9 +1,10 @@
-"""One page of a run of `gpu.sh`: summary.md for a reader and summary.json for a program, from the files in its folder.
+"""One page of a run of `gpu.sh`: summary.md for a reader and summary.json for a program, from the parts of its steps.
 
-    python -m benchmarks.gpu_summary --folder benchmarks/results/gpu
+    python -m benchmarks.gpu_summary --folder build/gpu/parts --out benchmarks/results/gpu
 
-What a step left out, skipped or failed is named; a file that is not there leaves its part out. TARGETS is what the
-project set out to reach on an H200: each line is reached, not reached, or not measured.
+What a step left out, skipped or failed is named; a file that is not there leaves its part out. Beside the page: the
+steps, their logs in one file, and the tuner's table. TARGETS is what the project set out to reach on an H200: each line
+is reached, not reached, or not measured.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 Part = dict[str, Any]
-PARTS = ("facts", "ceilings", "small", "ops", "step")
+PARTS = ("facts", "ceilings", "small", "ops", "step", "liger", "long", "full", "more")
+STEP_PARTS = ("step", "liger", "long", "full")
+CHECKERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+LOG_BYTES = 400_000  # of one step's log that log.txt keeps: its beginning and its end
 
 
 def load(folder: Path) -> tuple[dict[str, Part], list[dict[str, str]]]:
     """The parts that are there, and the rows of steps.tsv."""
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in PARTS if there(folder, name)}
+    if "more" in found and "ops" not in found:
+        found["ops"] = found.pop("more")
     keys = ("name", "status", "exit_status", "seconds", "reason")
     path = folder / "steps.tsv"
     lines = path.read_text().splitlines() if path.is_file() else []
@@ -48,12 +54,17 @@ def cases(parts: dict[str, Part], op: str, mode: str, heads: tuple[str, ...], pa
     """Cases of at least 2048 rows, or the padded pair."""
     return [
         c
-        for c in parts.get("ops", {}).get("cases", [])
+        for c in measured(parts)
         if (c["case"]["op"], c["case"]["mode"]) == (op, mode)
         and c["case"]["head"] in heads
         and bool(c["case"]["padded"]) == padded
         and (padded or c["case"]["rows"] >= 2048)
     ]
+
+
+def measured(parts: dict[str, Part]) -> list[Part]:
+    """Every case of the ops: of the first plan, then what came after it."""
+    return [*parts.get("ops", {}).get("cases", []), *parts.get("more", {}).get("cases", [])]
 
 
 def units(found: list[Part]) -> float | None:
@@ -84,7 +95,7 @@ def fused(parts: dict[str, Part], *, padded: bool = False) -> list[Part]:
 
 
 def logp_error(parts: dict[str, Part]) -> float | None:
-    values = [default(c).get("rms_logp") for c in parts.get("ops", {}).get("cases", [])]
+    values = [default(c).get("rms_logp") for c in measured(parts)]
     return max((v for v in values if v is not None), default=None)
 
 
@@ -105,8 +116,9 @@ def microseconds(parts: dict[str, Part]) -> float | None:
 def step_ratio(k: int, side: str) -> Callable[[dict[str, Part]], float | None]:
     def found(parts: dict[str, Part]) -> float | None:
         for case in parts.get("step", {}).get("cases", []):
+            figure = case["sides"].get(side, {})
             if case["k"] == k:
-                return case["sides"].get(side, {}).get("ratio")
+                return figure.get("ratio") if figure.get("agrees", True) else None
         return None
 
     return found
@@ -131,9 +143,19 @@ TARGETS: tuple[tuple[str, Callable[[dict[str, Part]], float | None], str, float,
 )
 
 
-def targets(parts: dict[str, Part]) -> list[dict[str, Any]]:
+def sanitized(steps: Sequence[dict[str, str]]) -> float | None:
+    """How many of the four checkers found something; None where one did not run to its end and none found anything."""
+    status = {step["name"]: step["status"] for step in steps}
+    bad = sum(status.get(name) == "failed" for name in CHECKERS)
+    return float(bad) if bad or all(status.get(name) == "ok" for name in CHECKERS) else None
+
+
+def targets(parts: dict[str, Part], steps: Sequence[dict[str, str]] = ()) -> list[dict[str, Any]]:
     """Every target with what was measured; `reached` is None where nothing was."""
-    found = []
+    bad = sanitized(steps)
+    reached = None if bad is None else bad == 0
+    name = "compute-sanitizer: memcheck, racecheck, synccheck, initcheck"
+    found: list[dict[str, Any]] = [{"name": name, "target": "0 with findings", "measured": bad, "reached": reached}]
     for name, measure, sense, figure, unit in TARGETS:
         value = measure(parts)
         reached = None if value is None else (value <= figure if sense == "<=" else value >= figure)
@@ -147,16 +169,22 @@ def markdown(parts: dict[str, Part], steps: list[dict[str, str]], command: str) 
     lines += ["| step | status | seconds | |", "|---|---|---|---|"]
     lines += [f"| {s['name']} | {s['status']} | {s['seconds']} | {s['reason']} |" for s in steps]
     lines += ["", "## Targets", "", "| what | target | measured | |", "|---|---|---|---|"]
-    for row in targets(parts):
+    for row in targets(parts, steps):
         verdict = {True: "reached", False: "**not reached**", None: "not measured"}[row["reached"]]
         value = "" if row["measured"] is None else f"{row['measured']:.3g}"
         lines.append(f"| {row['name']} | {row['target']} | {value} | {verdict} |")
     lines += ceilings(parts.get("ceilings")) + race(parts)
-    for case in parts.get("ops", {}).get("cases", []):
+    for case in measured(parts):
         lines += operation(case)
-    left = parts.get("ops", {}).get("not_reached", [])
-    lines += ["", f"Not reached in the time: {', '.join(left)}."] if left else []
-    return "\n".join([*lines, *small(parts.get("small")), *whole_step(parts.get("step")), ""])
+    for name in ("ops", "more"):
+        part = parts.get(name, {})
+        left = part.get("not_reached", [])
+        lines += ["", f"Not reached in the time: {', '.join(left)}."] if left else []
+        lines += [f"- FAILED {fault}" for fault in part.get("faults", [])]
+    lines += small(parts.get("small"))
+    for name in STEP_PARTS:
+        lines += whole_step(parts.get(name))
+    return "\n".join([*lines, ""])
 
 
 def head(facts: Part | None, command: str) -> list[str]:
@@ -190,7 +218,7 @@ def ceilings(found: Part | None) -> list[str]:
 def race(parts: dict[str, Part]) -> list[str]:
     """Where a way that is not picked beats the picked one by more than both spreads: what the tables should change."""
     lines = ["", "## Ways to E that beat the picked one", ""]
-    for case in parts.get("ops", {}).get("cases", []):
+    for case in measured(parts):
         first, picked = best(case), default(case)
         if first is None or "ms" not in picked:
             continue
@@ -237,34 +265,85 @@ def whole_step(found: Part | None) -> list[str]:
     if found is None:
         return []
     kind = "LoRA" if found["lora"] else "every weight of the decoder"
+    kind += ", Liger's layers" if found.get("liger") else ""
     lines = ["", f"## Whole step, {found['model']}, {kind}", ""]
-    lines += ["| K | prefix | side | s / step | TRL / it | loss difference |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| K | prefix | side | s / step | TRL / it | peak GiB | loss difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for case in found["cases"]:
         for name, figure in case["sides"].items():
             seconds = f"{figure['seconds']:.3f}" if "seconds" in figure else figure["error"][:100].replace("|", "/")
             ratio = f"{figure['ratio']:.2f}" if "ratio" in figure else ""
+            ratio += "" if figure.get("agrees", True) else " (losses differ)"
+            peak = f"{figure['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in figure else ""
             apart = f"{figure['max_loss_difference']:.1e}" if "max_loss_difference" in figure else ""
-            lines.append(f"| {case['k']} | {case['prefix']} | {name} | {seconds} | {ratio} | {apart} |")
+            lines.append(f"| {case['k']} | {case['prefix']} | {name} | {seconds} | {ratio} | {peak} | {apart} |")
+    for case in found["cases"]:
+        for name, figure in case["sides"].items():
+            waits = ", ".join(f"`{place}` {times}" for place, times in figure.get("waits", {}).items())
+            lines += ["", f"Waits for the device in a step, {name}, K = {case['k']}: {waits}."] if waits else []
     return lines
+
+
+def logs(folder: Path, steps: list[dict[str, str]]) -> str:
+    """Every step's log, one after another, each at most LOG_BYTES long."""
+    text = []
+    for step in steps:
+        path = folder / "logs" / f"{step['name']}.log"
+        if path.is_file():
+            whole = path.read_text(errors="replace")
+            if len(whole) > LOG_BYTES:
+                whole = f"{whole[: LOG_BYTES // 4]}\n[...]\n{whole[-LOG_BYTES * 3 // 4 :]}"
+            text.append(f"===== {step['name']}: {step['status']}, {step['seconds']} s =====\n{whole}")
+    return "\n".join(text)
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all: this runs while the steps do, and both may be killed."""
+    spare = path.with_name(f".{path.name}.{os.getpid()}")
+    spare.write_text(text)
+    os.replace(spare, path)
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_summary", description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="what gpu.sh wrote")
+    parser.add_argument("--folder", type=Path, required=True, help="what the steps of gpu.sh wrote")
+    parser.add_argument("--out", type=Path, help="where the page goes; default: the same folder")
+    parser.add_argument("--quiet", action="store_true", help="print nothing")
     chosen = parser.parse_args(words)
+    out = chosen.out or chosen.folder
+    out.mkdir(parents=True, exist_ok=True)
     parts, steps = load(chosen.folder)
     command = os.environ.get("GPU_COMMAND", "bash benchmarks/gpu.sh")
-    whole = {"command": command, "steps": steps, "targets": targets(parts), **parts}
-    (chosen.folder / "summary.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (chosen.folder / "summary.md").write_text(markdown(parts, steps, command))
-    for row in targets(parts):
+    whole = {"command": command, "steps": steps, "targets": targets(parts, steps), **parts}
+    write(out / "summary.json", json.dumps(whole, indent=1) + "\n")
+    write(out / "summary.md", markdown(parts, steps, command))
+    if out != chosen.folder:
+        write(out / "log.txt", logs(chosen.folder, steps))
+        for name in ("steps.tsv", "tuned.py"):
+            if (chosen.folder / name).is_file():
+                write(out / name, (chosen.folder / name).read_text())
+    if not chosen.quiet:
+        tell(parts, steps)
+        print(f"summary: {out / 'summary.md'}")
+    return 0
+
+
+def tell(parts: dict[str, Part], steps: list[dict[str, str]]) -> None:
+    """The targets, the whole steps, and what did not go well, in less than a hundred lines."""
+    for part in (parts[name] for name in STEP_PARTS if name in parts):
+        for line in whole_step(part)[6:]:
+            print(line[:200])
+    for row in targets(parts, steps):
         if row["measured"] is not None:
             print(f"{'ok ' if row['reached'] else 'NOT'} {row['name']}: {row['measured']:.3g} ({row['target']})")
+    for row in targets(parts, steps):
+        if row["measured"] is None:
+            print(f"not measured: {row['name']}")
     for step in steps:
         if step["status"] not in ("ok", "left out"):
-            print(f"{step['status']}: {step['name']} ({step['reason']})")
-    print(f"summary: {chosen.folder / 'summary.md'}")
-    return 0
+            print(f"{step['status']}: {step['name']} ({step['reason'][:300]})")
 
 
 if __name__ == "__main__":

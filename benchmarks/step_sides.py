@@ -11,6 +11,7 @@ import copy
 import io
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from mmrlhf.models.load import lm_head
 from mmrlhf.models.shared_prefix import packed_inputs, prepare, response_hidden
 from mmrlhf.models.vision import decoder_inputs, encode
 from mmrlhf.ops import fused_preference_loss, linear_logp, preference_loss, sequence_score
+from mmrlhf.train.feed import feed
 
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-5, 1.0
 
@@ -87,26 +89,33 @@ OPTIONS["response rows"] = replace(OPTIONS["fused head"], fused_head=False)
 OPTIONS["all rows, apart"] = replace(OPTIONS["response rows"], response_rows=False)
 
 
-def build_side(name: str, model: Any, processor: Any, records: list[dict], *, lora: bool = False) -> Side:
-    """The contestant of that name, on `model` itself; with `lora`, `model` is the base that adapters are put on."""
+def build_side(
+    name: str, model: Any, processor: Any, records: list[dict], *, lora: bool = False, workers: int = 0
+) -> Side:
+    """The contestant of that name, on `model` itself; with `lora`, `model` is the base that adapters are put on.
+
+    `workers` processes read and tokenise ahead of the step, on every side alike; 0: the step does it.
+    """
     from benchmarks.step_models import with_lora
 
     if name in OPTIONS:
-        return OurStep(with_lora(model) if lora else model, processor, records, OPTIONS[name])
+        return OurStep(with_lora(model) if lora else model, processor, records, OPTIONS[name], workers=workers)
     from benchmarks.peers.trl_step import TrlStep
 
     kinds = {"trl": (False, False), "trl + mmrlhf": (True, False), "trl + mmrlhf, cached": (True, True)}
     if name not in kinds:
         raise ValueError(f"no side is called {name!r}; there are {', '.join((*kinds, *OPTIONS))}")
     drop_in, cached = kinds[name]
-    return TrlStep(model, processor, records, lora=lora, drop_in=drop_in, cached=cached)
+    return TrlStep(model, processor, records, lora=lora, drop_in=drop_in, cached=cached, workers=workers)
 
 
 class OurStep:
     """A training step of the library: picture bytes to update, one prompt a micro-batch."""
 
-    def __init__(self, model: Any, processor: Any, records: list[dict], options: Options | None = None):
-        self.model, self.options = model, options or Options()
+    def __init__(
+        self, model: Any, processor: Any, records: list[dict], options: Options | None = None, *, workers: int = 0
+    ):
+        self.model, self.options, self.workers = model, options or Options(), workers
         self.device = next(model.parameters()).device
         self.encoder = Encoder(processor, root=Path("."), max_group_tokens=1 << 20)
         records = records if self.options.answers_once else [pair for record in records for pair in split(record)]
@@ -121,15 +130,19 @@ class OurStep:
             self.reference = copy.deepcopy(model).requires_grad_(False).eval()
 
     def batch(self, group: PreferenceGroup) -> tuple[GroupBatch, Layout]:
-        """One prompt on the device, positions filled in; the layout is read before, so that no device is waited for."""
+        """One prompt on the device; the layout is read before, so that no device is waited for."""
+        batch = self.made(group)
+        return batch.to(self.device), layout_of(batch)
+
+    def made(self, group: PreferenceGroup) -> GroupBatch:
+        """One prompt on the CPU, positions filled in."""
         encoded = [self.encoder.encode(group)]
         if not self.options.vision_once:  # the picture is read and processed for each row
             encoded += [self.encoder.encode(group) for _ in group.responses[1:]]
             encoded = [only(each, index) for index, each in enumerate(encoded)]
         batch = collate(encoded)
         pairs = torch.tensor([(pair.better, pair.worse) for pair in group.preference_pairs()])
-        batch = prepare(self.model, batch.replace(pairs=pairs, margin=None))
-        return batch.to(self.device), layout_of(batch)
+        return prepare(self.model, batch.replace(pairs=pairs, margin=None))
 
     def reference_logp(self, batch: GroupBatch, layout: Layout, vision: Any = None) -> Tensor:
         """[N] under the reference model, or the model as it is before training."""
@@ -166,21 +179,24 @@ class OurStep:
     def run(self, steps: int) -> Run:
         run = Run()
         self.model.train()
-        run.mark(self.device)
-        for _ in range(steps):
-            total = 0.0
-            for index, group in enumerate(self.groups):
-                batch, layout = self.batch(group)
-                vision = encode(self.model, batch) if self.options.vision_once else None  # None: each model its own
-                reference = self.kept[index] if self.options.cached else self.reference_logp(batch, layout, vision)
-                loss = self.loss(batch, layout, reference, vision)
-                loss.backward()
-                total += float(loss.detach())
-            torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
+        jobs = (group for _ in range(steps) for group in self.groups)
+        with closing(feed(jobs, self.made, workers=self.workers)) as batches:
             run.mark(self.device)
-            run.losses.append(total)
+            for _ in range(steps):
+                losses = []
+                for index, _group in enumerate(self.groups):
+                    made = next(batches)
+                    batch, layout = made.to(self.device), layout_of(made)
+                    vision = encode(self.model, batch) if self.options.vision_once else None  # None: each its own
+                    reference = self.kept[index] if self.options.cached else self.reference_logp(batch, layout, vision)
+                    loss = self.loss(batch, layout, reference, vision)
+                    loss.backward()
+                    losses.append(loss.detach())
+                torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+                self.optimiser.step()
+                self.optimiser.zero_grad(set_to_none=True)
+                run.mark(self.device)
+                run.losses.append(float(torch.stack(losses).sum()))
         return run
 
 
@@ -223,10 +239,12 @@ def to_group(record: dict) -> PreferenceGroup:
     )
 
 
-def builders(model: Any, processor: Any, records: list[dict], names: tuple[str, ...], *, lora: bool = False):
+def builders(
+    model: Any, processor: Any, records: list[dict], names: tuple[str, ...], *, lora: bool = False, workers: int = 0
+) -> dict[str, Callable[[], Side]]:
     """{name: function that builds the side on its own copy of the model}."""
 
     def builder(name: str) -> Callable[[], Side]:
-        return lambda: build_side(name, copy.deepcopy(model), processor, records, lora=lora)
+        return lambda: build_side(name, copy.deepcopy(model), processor, records, lora=lora, workers=workers)
 
     return {name: builder(name) for name in names}

@@ -22,6 +22,17 @@ import torch
 from torch import Tensor
 
 
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`, without waiting for it.
+
+    From ordinary memory CUDA stages a copy first, for which the driver may wait until the stream is empty; from pinned
+    memory, which PyTorch keeps and hands out again, the copy is only queued.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class GroupBatch:
     """G prompts with their R responses, N scored tokens and P preference pairs, flat.
@@ -69,7 +80,7 @@ class GroupBatch:
 
         def move(value):
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
+                return on_device(value, device)
             if isinstance(value, dict):
                 return {key: move(item) for key, item in value.items()}
             return value

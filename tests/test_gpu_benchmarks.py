@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 
@@ -11,6 +12,8 @@ import torch
 from benchmarks import gpu_ceilings, gpu_contestants, gpu_measure, gpu_ops, gpu_small, gpu_step
 from benchmarks.gpu_contestants import Case, Contestant
 from benchmarks.gpu_measure import HEADS, Clock, Problem, Truth
+from benchmarks.step_case import PAIR
+from benchmarks.step_sides import Run
 from mmrlhf.ops import streaming
 
 CPU = torch.device("cpu")
@@ -96,15 +99,28 @@ def test_a_contestant_without_gradients_is_red(problem):
 # --- The ops benchmark --------------------------------------------------------------------------------------------
 
 
+def planned(*words: str) -> list[Case]:
+    return gpu_ops.plan(gpu_ops.parser().parse_args(list(words)))
+
+
 def test_plan_starts_with_the_cases_that_tell_most():
-    cases = gpu_ops.plan([name for name in HEADS if name != "tiny"], [8192, 2048])
+    """Every line that the project set out to reach has its case, and what compiles for long comes behind the rest."""
+    cases = planned()
     assert cases[0] == Case("linear_logp", "qwen2-7b", 2048, "frozen")
     assert cases[1] == Case("fused_preference_loss", "qwen2-7b", 2048, "trained")
-    assert len(cases) == len(set(cases)) == 4 * 2 * 5 + 2
-    assert [c.padded for c in cases[5:7]] == [1350, 1350]
-    small = [i for i, c in enumerate(cases) if c.head not in gpu_ops.LEAD]
-    assert min(small) == len(cases) - len(small)
-    assert all(c.mode == "frozen" for c in gpu_ops.plan(["qwen2-7b"], [2048], modes=["frozen"]))
+    assert {(c.head, c.mode) for c in cases[:4]} == {(h, m) for h in gpu_ops.LEAD for m in ("frozen", "trained")}
+    assert Case("linear_logp", "qwen2-7b", 8192, "frozen") in cases[:5]
+    assert [c.padded for c in cases if c.liger] == [1350, 0]
+    assert not any(c.liger for c in cases[:5])
+    assert len({c.name for c in cases}) == len(cases)
+
+
+def test_the_rest_is_everything_else():
+    rest = planned("--rest")
+    assert not set(rest) & set(gpu_ops.TABLE)
+    assert set(gpu_ops.everything(list(HEADS)[:4], [2048, 8192])) <= set(rest) | set(gpu_ops.TABLE)
+    assert len(planned("--rest", "--race")) > len(rest)  # the first plan's frozen heads, with every configuration
+    assert all(c.mode == "frozen" for c in planned("--head", "qwen2-7b", "--rows", "2048", "--mode", "frozen"))
 
 
 def test_ops_writes_what_it_measured(tmp_path, capsys):
@@ -150,6 +166,65 @@ def test_who_is_wrong_is_named_and_not_timed(monkeypatch, tmp_path, capsys):
     }
     assert not any("ms" in record for record in found.values())
     assert found["torch"]["reason"] == "RuntimeError: out of shared memory"
+
+
+def test_a_contestant_that_loses_the_device_is_left_out_by_the_next_process(monkeypatch, tmp_path, capsys):
+    """After an illegal access every CUDA call of a process fails: what is measured is kept, and a new one goes on."""
+
+    def everybody(case, problem, *, race):
+        def late():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        def good():
+            return gpu_contestants.mine(case, problem, "torch")()
+
+        return [Contestant("torch", good), Contestant("wild", late)], {}
+
+    class Replaced(Exception):
+        pass
+
+    def execv(program, arguments):
+        raise Replaced(arguments)
+
+    monkeypatch.setattr(gpu_ops, "contestants", everybody)
+    monkeypatch.setattr(gpu_ops, "usable", lambda device: False)
+    monkeypatch.setattr(gpu_ops.os, "execv", execv)
+    path = tmp_path / "ops.json"
+    words = ["--device", "cpu", "--head", "tiny", "--rows", "64", "--op", "linear_logp", "--case-seconds", "0"]
+    words += ["--mode", "forward", "frozen", "--write", str(path)]
+    with pytest.raises(Replaced) as replaced:
+        gpu_ops.main(words)
+    again = replaced.value.args[0]
+    assert again[1:3] == ["-m", "benchmarks.gpu_ops"]
+    state = json.loads(path.read_text())
+    assert state["cases"] == []
+    assert len(state["not_reached"]) == 2
+    assert gpu_ops.main(again[3:]) == 0  # seconds that are left; "wild" is a candidate, which may fail
+    state = json.loads(path.read_text())
+    assert state["not_reached"] == []
+    for case in state["cases"]:
+        assert case["contestants"]["torch"]["status"] == "green"
+        assert case["contestants"]["wild"]["reason"].startswith("took the device with it in linear_logp frozen")
+    assert "WRONG wild took the device with it" in capsys.readouterr().out
+
+
+def test_a_case_that_fails_outside_the_gates_costs_that_case(monkeypatch, tmp_path, capsys):
+    """Memory for the truth, say."""
+    real = gpu_ops.run_case
+
+    def run_case(case, *arguments, **options):
+        if case.mode == "frozen":
+            raise RuntimeError("out of memory")
+        return real(case, *arguments, **options)
+
+    monkeypatch.setattr(gpu_ops, "run_case", run_case)
+    path = tmp_path / "ops.json"
+    words = ["--device", "cpu", "--head", "tiny", "--rows", "64", "--op", "linear_logp", "--case-seconds", "0"]
+    assert gpu_ops.main([*words, "--mode", "forward", "frozen", "--write", str(path)]) == 1
+    state = json.loads(path.read_text())
+    assert [case["case"]["mode"] for case in state["cases"]] == ["forward"]
+    assert state["faults"] == ["linear_logp frozen tiny N=64: RuntimeError: out of memory"]
+    assert "WRONG linear_logp frozen tiny N=64: RuntimeError" in capsys.readouterr().out
 
 
 def test_launch_configuration_is_put_back():
@@ -207,7 +282,7 @@ def test_launchers_in_the_interpreter(subprocess_python):
         "assert main(['--only', 'nothing bears this name']) == 1\n",
         env={"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
-    assert "8 launches checked, 0 failed" in said
+    assert "10 launches checked, 0 failed" in said
 
 
 def test_step_figures_need_agreement():
@@ -222,7 +297,64 @@ def test_step_figures_need_agreement():
     }
     faults = gpu_step.compare(figures)
     assert figures["live reference"]["ratio"] == 2.0
-    assert "ratio" not in figures["cached reference"]
+    assert [figures[name]["agrees"] for name in ("trl", "live reference", "cached reference")] == [True, True, False]
     assert [fault.split(":")[0] for fault in faults] == ["cached reference", "separate rows"]
     nan = {"trl": side(1.0, [0.69]), "live reference": side(1.0, [float("nan")])}
     assert len(gpu_step.compare(nan)) == 1
+
+
+class Pretended:
+    """A side without a model."""
+
+    model = reference = None
+
+    def __init__(self, name, workers):
+        self.name, self.workers, self.device = name, workers, CPU
+
+    def run(self, steps):
+        if self.name == "cached reference":
+            raise RuntimeError("out of memory")
+        made, _ = Run(), torch.ones(3).sum()  # something to profile
+        for mark in range(steps + 1):
+            made.marks.append(float(mark))
+            made.cpu_marks.append(float(mark))
+        made.losses = [0.69] * steps
+        return made
+
+
+def test_a_side_that_fails_costs_that_side_and_each_is_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_step, "build_model", lambda *a, **k: None)
+    monkeypatch.setattr(gpu_step, "build_processor", lambda: None)
+    monkeypatch.setattr(gpu_step, "build_records", lambda *a, **k: [])
+    monkeypatch.setattr(gpu_step, "plan", lambda chosen: [(k, s) for k in chosen.k for s in PAIR])
+    monkeypatch.setattr(gpu_step.Meter, "watching", lambda self, *models: contextlib.nullcontext())
+
+    def builders(model, processor, records, names, *, lora, workers):
+        return {name: lambda name=name: Pretended(name, workers) for name in names}
+
+    monkeypatch.setattr(gpu_step, "builders", builders)
+    written = []
+    monkeypatch.setattr(gpu_step, "save", lambda path, state: written.append(json.loads(json.dumps(state))))
+    profile = tmp_path / "profile.txt"
+    words = ["--device", "cpu", "--steps", "2", "--write", str(tmp_path / "x.json"), "--profile", str(profile)]
+    assert gpu_step.main(words) == 1
+    assert len(written) == 6
+    assert [list(case["sides"]) for case in written[3]["cases"]] == [list(PAIR), ["trl"]]
+    sides = written[-1]["cases"][1]["sides"]
+    assert sides["cached reference"] == {"error": "RuntimeError: out of memory"}
+    assert sides["live reference"]["ratio"] == 1.0
+    assert sides["live reference"]["seconds"] == 1.0
+    assert "CPU" in profile.read_text()
+    said = capsys.readouterr().out
+    assert "FAULT K=5 cached reference: RuntimeError: out of memory" in said
+    assert gpu_step.main([*words, "--seconds", "5"]) == 1
+    assert "not reached: K=2 trl" in capsys.readouterr().out
+
+
+def test_the_plan_of_the_step_has_the_wanted_figures_first():
+    chosen = gpu_step.parser().parse_args(["--k", "2", "5"])
+    found = [(k, side) for k, side in gpu_step.plan(chosen) if side in PAIR]
+    assert found[-2:] == [(5, "live reference"), (5, "cached reference")]
+    assert gpu_step.plan(gpu_step.parser().parse_args(["--k", "2", "--side", "live reference"])) == [
+        (2, "live reference")
+    ]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,9 @@ from benchmarks import gpu_facts, gpu_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks/gpu.sh"
-STEPS = ["build", "launchers", "tests", "small", "ceilings", "ops", "tune"]
-STEPS += ["memcheck", "racecheck", "synccheck", "initcheck", "step"]
+CHECKERS = ["memcheck", "racecheck", "synccheck", "initcheck"]
+STEPS = ["build", "launchers", "tests", "small", "ceilings", "ops", "step", *CHECKERS]
+STEPS += ["counters", "liger", "long", "full", "tune", "more"]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a bash script for Linux")
 
@@ -33,7 +36,7 @@ def script(*arguments: str, folder: Path, **environment: str) -> subprocess.Comp
 
 
 def steps_of(folder: Path) -> dict[str, list[str]]:
-    rows = (line.split("\t") for line in (folder / "out/steps.tsv").read_text().splitlines())
+    rows = (line.split("\t") for line in (folder / "work/parts/steps.tsv").read_text().splitlines())
     return {name: rest for name, *rest in rows}
 
 
@@ -45,7 +48,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [line.split(":")[0] for line in result.stdout.splitlines() if ": at most" in line]
     assert lines == ["facts", *STEPS]
-    for words in ("--no-build-isolation", "--no-index --no-deps", "pytest -q -m gpu", "--tool racecheck"):
+    for words in ("--no-build-isolation", "--no-index --no-deps", "pytest -v --tb=short -m gpu", "--tool racecheck"):
         assert words in result.stdout
     assert "tests/kernels/test_device.py" in result.stdout
     assert list(tmp_path.iterdir()) == []
@@ -54,8 +57,9 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
 def test_dry_run_of_some_steps(tmp_path):
     only = script("--dry-run", "--only", "ops,small", folder=tmp_path).stdout
     assert [s for s in STEPS if f"{s}: at most" in only] == ["build", "small", "ops"]
-    without = script("--dry-run", "--skip", "build,step", folder=tmp_path).stdout
-    assert [s for s in STEPS if f"{s}: at most" in without] == STEPS[1:-1]
+    without = script("--dry-run", "--skip", "build,more,racecheck", folder=tmp_path).stdout
+    left = [step for step in STEPS if step not in ("build", "more", "racecheck")]
+    assert [s for s in STEPS if f"{s}: at most" in without] == left
 
 
 @pytest.mark.parametrize(
@@ -79,25 +83,28 @@ def test_without_a_device(tmp_path):
     result = script(folder=tmp_path)
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "no CUDA device"
-    assert json.loads((tmp_path / "out/facts.json").read_text())["device"] is None
+    assert json.loads((tmp_path / "out/summary.json").read_text())["facts"]["device"] is None
+    assert "no CUDA device" in (tmp_path / "out/log.txt").read_text()
 
 
 PRETENDER = """#!/usr/bin/env bash
 # Stands in for Python: says what it was asked, and ends as the module's name says.
+case "$*" in *gpu_summary*) exec "$REAL" "$@" ;; esac
 echo "$*"
 cat >/dev/null  # must not find the rest of the plan there
 case "$*" in
-  *gpu_sanitize*) exit 3 ;;
-  *gpu_small*) sleep 60 ;;
-  *gpu_ops*) echo '{}' >"$OUT/ops.json" ;;
+  *gpu_sanitize*) echo "RuntimeError: out of shared memory"; echo "1 launches checked"; exit 3 ;;
+  *gpu_small*) echo '{"preference": [], "failed": [], "host_syncs": {}}' >"$PARTS/small.json"; sleep 60 ;;
+  *gpu_ops*) echo '{}' >"$PARTS/ops.json" ;;
   *gpu_step*) echo "not installed: peft"; exit 77 ;;
 esac
 """
 
 
 @pytest.fixture
-def pretender(tmp_path) -> str:
-    """An interpreter, and the script's own environment of it, that only pretend."""
+def pretender(tmp_path, monkeypatch) -> str:
+    """An interpreter, and the script's own environment of it, that only pretend; the page is made by the real one."""
+    monkeypatch.setenv("REAL", sys.executable)
     for place in (tmp_path / "python", tmp_path / "work/venv/bin/python"):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(PRETENDER)
@@ -114,7 +121,39 @@ def test_a_failing_step_does_not_stop_the_others(tmp_path, pretender):
     assert found["step"] == ["skipped", "77", found["step"][2], "not installed: peft"]
     assert found["tests"][0] == "left out"
     assert "FAILED: launchers" in result.stdout.splitlines()[-1]
-    assert "gpu_ops --seconds" in (tmp_path / "out/logs/ops.log").read_text()
+    kept = tmp_path / "out"
+    assert "gpu_ops --seconds" in (kept / "log.txt").read_text()
+    assert sorted(path.name for path in kept.iterdir()) == ["log.txt", "steps.tsv", "summary.json", "summary.md"]
+    # A reader of the last lines alone learns why.
+    assert found["launchers"][3] == "exit status 3: RuntimeError: out of shared memory"
+    assert "failed: launchers (exit status 3: RuntimeError: out of shared memory)" in result.stdout
+    assert len(result.stdout) < 12000
+
+
+def test_steps_side_by_side(tmp_path, pretender):
+    """The checkers time nothing, so they share the device: each has its own log, status and row.
+
+    The pretended tool ends well only when all four have begun.
+    """
+    place = tmp_path / "bin/compute-sanitizer"
+    place.parent.mkdir()
+    place.write_text(
+        '#!/usr/bin/env bash\ntouch "$PARTS/$2.begun"\n'
+        'for _ in {1..60}; do (( $(ls "$PARTS"/*.begun | wc -l) == 4 )) && break; sleep 0.2; done || exit 9\n'
+        'echo "$*"\n[[ $2 != racecheck ]]\n'
+    )
+    place.chmod(0o755)
+    path = f"{place.parent}:{os.environ['PATH']}"
+    result = script("--only", ",".join(CHECKERS), "--skip", "build", folder=tmp_path, PYTHON=pretender, PATH=path)
+    found = steps_of(tmp_path)
+    assert {name: found[name][0] for name in CHECKERS} == {
+        **dict.fromkeys(CHECKERS, "ok"),
+        "racecheck": "failed",
+    }, result.stdout
+    assert found["racecheck"][1] == "1"
+    assert "--tool initcheck" in (tmp_path / "work/parts/logs/initcheck.log").read_text()
+    targets = json.loads((tmp_path / "out/summary.json").read_text())["targets"]
+    assert (targets[0]["measured"], targets[0]["reached"]) == (1.0, False)
 
 
 @pytest.mark.slow
@@ -126,6 +165,29 @@ def test_a_step_over_its_time_is_stopped_and_the_budget_is_kept(tmp_path, preten
     assert found["small"][:2] == ["timeout", "124"]
     assert found["ops"][0] == "skipped"
     assert "left of the budget" in found["ops"][3]
+    assert "small" in json.loads((tmp_path / "out/summary.json").read_text()), "what it wrote before it was stopped"
+
+
+@pytest.mark.slow
+def test_a_killed_run_keeps_what_it_had(tmp_path, pretender):
+    """OUT is brought up to date while a step runs: here the whole script is killed in the middle of one."""
+    settings = {"PYTHON": pretender, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")}
+    words = ["bash", str(SCRIPT), "--only", "small", "--skip", "build"]
+    process = subprocess.Popen(
+        words, env={**os.environ, **settings, "BUDGET": "240"}, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            path = tmp_path / "out/summary.json"
+            if path.is_file() and "small" in json.loads(path.read_text()):
+                break
+            time.sleep(0.5)
+        else:
+            raise AssertionError("nothing of the running step after 30 s")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -239,4 +301,4 @@ def test_page(tmp_path, monkeypatch, capsys):
 def test_page_of_nothing(tmp_path):
     assert gpu_summary.main(["--folder", str(tmp_path)]) == 0
     page = (tmp_path / "summary.md").read_text()
-    assert page.count("not measured") == len(gpu_summary.TARGETS)
+    assert page.count("not measured") == len(gpu_summary.TARGETS) + 1  # and the checkers

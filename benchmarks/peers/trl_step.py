@@ -10,6 +10,8 @@ import tempfile
 from itertools import combinations
 from typing import Any
 
+import torch
+
 
 def to_rows(records: list[dict]) -> list[dict[str, Any]]:
     """TRL's vision preference rows: every pair of every record, best first."""
@@ -61,6 +63,7 @@ class TrlStep:
         drop_in: bool = False,
         cached: bool = False,
         micro_batch: int = 1,
+        workers: int = 0,
     ):
         from datasets import Dataset
 
@@ -76,6 +79,9 @@ class TrlStep:
             "learning_rate": lr,
             "beta": beta,
             "use_cpu": self.device.type == "cpu",
+            # TRL's default where it can, and faster with adapters: they stay float32 and multiply in bfloat16.
+            "bf16": self.device.type == "cuda" and model.dtype == torch.bfloat16,
+            "dataloader_num_workers": workers,
             "precompute_ref_log_probs": cached,
         }
 
@@ -107,7 +113,6 @@ class TrlStep:
             gradient_accumulation_steps=len(self.rows) // self.micro_batch,
             max_steps=steps,
             max_length=None,
-            bf16=False,
             gradient_checkpointing=False,
             lr_scheduler_type="constant",
             logging_steps=1,

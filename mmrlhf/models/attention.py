@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmrlhf.batch import Layout
+from mmrlhf.batch import Layout, on_device
 
 NAME = "mmrlhf"  # of the attention function in transformers' registry
 KEYWORD = "mmrlhf_layout"  # of the forward argument that carries a `Packing`
@@ -73,7 +73,7 @@ class Packing:
         if device not in self._cumulative:
             pair = []
             for lengths in (self.lengths, self.key_lengths):
-                pair.append(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device, non_blocking=True))
+                pair.append(on_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device))
             self._cumulative[device] = (pair[0], pair[1])
         return self._cumulative[device]
 

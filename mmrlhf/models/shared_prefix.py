@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrlhf.batch import GroupBatch, Layout, cumulative, layout_of, score_rows, text_positions
-from mmrlhf.models import attention, last_layer
+from mmrlhf.batch import GroupBatch, Layout, cumulative, layout_of, on_device, score_rows, text_positions
+from mmrlhf.models import adapters, attention, last_layer
 from mmrlhf.models.parts import (
     base_model,
     image_token_ids,
@@ -87,7 +87,7 @@ def position_ids(model: nn.Module, batch: GroupBatch, layout: Layout) -> Tensor:
     # One text token more each: its position is where responses go on. That is not the prefix's largest plus one where
     # a video's time positions run ahead of the text (Qwen2.5-VL: up to 25 a second).
     longest = max(layout.prefix_len) + 1
-    prefixes = ids.new_full((len(layout.prefix_len), longest), _text_token(model))
+    prefixes = ids.new_full((len(layout.prefix_len), longest), text_token(model))
     mask = torch.zeros_like(prefixes)
     for group, (start, length) in enumerate(zip(layout.group_start, layout.prefix_len, strict=True)):
         prefixes[group, :length] = ids[start : start + length]
@@ -95,7 +95,7 @@ def position_ids(model: nn.Module, batch: GroupBatch, layout: Layout) -> Tensor:
     known = inspect.signature(inner.get_rope_index).parameters
     grids = {key: value.cpu() for key, value in batch.vision.items() if key in known and key not in PER_TOKEN}
     found, _ = inner.get_rope_index(
-        prefixes, mm_token_type_ids=_token_types(model, prefixes), attention_mask=mask, **grids
+        prefixes, mm_token_type_ids=token_types(model, prefixes), attention_mask=mask, **grids
     )  # [3, G, longest]
     pieces = []
     for group, (length, responses) in enumerate(zip(layout.prefix_len, layout.response_len, strict=True)):
@@ -168,7 +168,7 @@ def _packed(
     module, inputs = decoder_inputs(model, input_ids[None], vision)
     inputs |= packed_inputs(model, input_ids, layout, positions, scored_only=True)
     hidden = module(**inputs, use_cache=False).last_hidden_state[0]  # [T, H]
-    return hidden[score_rows(layout).to(hidden.device, non_blocking=True)]
+    return hidden[on_device(score_rows(layout), hidden.device)]
 
 
 def packed_inputs(
@@ -187,6 +187,7 @@ def packed_inputs(
     restart for packed documents, cutting responses off from their prefix.
     """
     _use_packed_attention(model)
+    adapters.install(model)
     if positions is None:
         positions = text_positions(layout).to(input_ids.device)
         positions = positions.expand(3, -1) if hasattr(inner_model(model), "get_rope_index") else positions
@@ -217,7 +218,7 @@ def _apart(
             rows.append(torch.cat((torch.arange(start, start + prefix), torch.arange(at, at + length))))
             group_of.append(group)
             at += length
-    index = torch.cat(rows).to(batch.input_ids.device)
+    index = on_device(torch.cat(rows), batch.input_ids.device)
     new = Layout(
         tuple(layout.prefix_len[group] for group in group_of),
         tuple((length,) for responses in layout.response_len for length in responses),
@@ -248,7 +249,7 @@ def _padded(model: nn.Module, batch: GroupBatch, layout: Layout, vision: VisionF
         module, inputs = decoder_inputs(
             model, ids, _features_of(model, batch, layout, vision, [group] * len(responses))
         )
-        types = _token_types(model, ids)
+        types = token_types(model, ids)
         inputs |= {name: types for name in ("token_type_ids", "mm_token_type_ids") if name in known}
         own = positions[:, index]  # [1 or 3, K, L]
         inputs["position_ids"] = own if own.shape[0] == 3 else own[0]
@@ -295,7 +296,7 @@ def _subset(
     return kept, part, features, positions[:, :tokens]
 
 
-def _token_types(model: nn.Module, ids: Tensor) -> Tensor:
+def token_types(model: nn.Module, ids: Tensor) -> Tensor:
     """0 for text, 1 for image and 2 for video tokens; the shape of `ids`, int64."""
     markers = image_token_ids(inner_model(model).config)
     types = torch.zeros_like(ids)
@@ -305,7 +306,7 @@ def _token_types(model: nn.Module, ids: Tensor) -> Tensor:
     return types
 
 
-def _text_token(model: nn.Module) -> int:
+def text_token(model: nn.Module) -> int:
     """A token id that is no placeholder."""
     return next(token for token in range(3) if token not in image_token_ids(inner_model(model).config).values())
 

@@ -2,7 +2,9 @@
 
 The first two take flat queries and keys with cumulative lengths, and align their causal mask bottom-right when a
 sequence has fewer queries than keys, which `attention.self_test` checks before a kernel is used. Signatures grew by
-versions, so arguments are taken by name where they exist: torch 2.10 has neither grouped heads nor scale nor windows.
+versions, so arguments are taken by name where they exist: 2.10 has neither scale nor windows. Grouped heads have an
+argument from 2.12 on; before, the kernel under it takes them all the same, which the self-test decides, and the next
+candidate repeats keys and values: for 28 heads on 4, seven times the bytes.
 flex_attention reads the row as it lies, without gathered keys, under a block mask made from the layout; it is third
 because it has to be compiled first (once, for every length). Its backward is for CUDA only.
 """
@@ -27,10 +29,37 @@ def candidates(*, windowed: bool) -> Iterator[tuple[str, Callable[..., Tensor], 
     if function is not None and windowed and "window_size" not in inspect.signature(function).parameters:
         missing = "this torch's varlen_attn has no sliding window"
     yield "varlen_attn", functools.partial(_run_torch, function), missing
+    if function is not None and "enable_gqa" not in inspect.signature(function).parameters:
+        yield "varlen_attn with repeated heads", functools.partial(_run_torch, function, repeated=True), missing
     function, missing = _find("flash_attn", "flash_attn_varlen_func")
     yield "flash_attn", functools.partial(_run_flash, function), missing
     function, missing = _find("torch.nn.attention.flex_attention", "flex_attention")
     yield "flex_attention", functools.partial(_run_flex, function), missing
+
+
+def bidirectional() -> Iterator[tuple[str, Callable[..., Tensor], str]]:
+    """The same for pieces that attend to themselves in both directions: (q, k, v [S, H, D], cumulative [pieces + 1]
+    int32, longest, scale) -> [S, H, D]."""
+    torchs, missing = _find("torch.nn.attention.varlen", "varlen_attn")
+
+    def run_torch(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float) -> Tensor:
+        query, options = _scaled(torchs, query, scale)
+        return torchs(query, key, value, ends, ends, longest, longest, **options)
+
+    yield "varlen_attn", run_torch, missing
+    flash, missing = _find("flash_attn", "flash_attn_varlen_func")
+
+    def run_flash(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float) -> Tensor:
+        return flash(query, key, value, ends, ends, longest, longest, softmax_scale=scale)
+
+    yield "flash_attn", run_flash, missing
+
+
+def _scaled(function: Any, query: Tensor, scale: float) -> tuple[Tensor, dict[str, Any]]:
+    """The query and the arguments that make torch's kernel scale by `scale`."""
+    if "scale" in inspect.signature(function).parameters:
+        return query, {"scale": scale}
+    return query * (scale * query.shape[-1] ** 0.5), {}  # the kernel's own scale is D ** -0.5
 
 
 def _find(module: str, name: str) -> tuple[Any, str]:
@@ -60,29 +89,25 @@ def _run_torch(
     scale: float,
     window: int | None,
     dropout: float,
+    repeated: bool = False,
 ) -> Tensor:
-    """[T, Hq, D] by torch.nn.attention.varlen."""
+    """[T, Hq, D] by torch.nn.attention.varlen; `repeated`: a key and value head for each query head."""
     if dropout:
         raise ValueError(f"varlen_attn has no dropout, the model asks for {dropout}; set attention_dropout to 0")
     known = inspect.signature(function).parameters
-    options: dict[str, Any] = {}
-    if query.shape[0] != key.shape[0]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            repeats = query.shape[0] // key.shape[0]
-            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-    if "scale" in known:
-        options["scale"] = scale
-    else:
-        query = query * (scale * query.shape[-1] ** 0.5)  # the kernel's own scale is D ** -0.5
+    query, options = _scaled(function, query, scale)
+    groups = query.shape[0] // key.shape[0]
+    if groups > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
     if "window_size" in known:
         options["window_size"] = (window - 1 if window else -1, 0)
     else:
         options["is_causal"] = True
     cu_q, cu_k = packing.cumulative(query.device)
-    flat = _flat(query, key, value, packing)
-    return function(*flat, cu_q, cu_k, max(packing.lengths), max(packing.key_lengths), **options)
+    queries, keys, values = _flat(query, key, value, packing)
+    if repeated and groups > 1:  # after the gathering, which moves fewer bytes so
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    return function(queries, keys, values, cu_q, cu_k, max(packing.lengths), max(packing.key_lengths), **options)
 
 
 def _run_flash(

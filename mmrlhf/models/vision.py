@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrlhf.batch import GroupBatch
-from mmrlhf.models import dummy
+from mmrlhf.models import dummy, tower
 from mmrlhf.models.parts import decoder, image_token_ids, inner_model, vision_parameters
 
 POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")  # read by get_rope_index as well
@@ -134,6 +134,7 @@ def encode(
     """
     inputs = {key: value for key, value in batch.vision.items() if key not in PER_TOKEN}
     inner = inner_model(model)
+    tower.install(model)
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         if any(key.startswith("prompt") for key in inputs):
             features = _encode_apart(inner, inputs, computed)
