@@ -7,13 +7,13 @@ Exit status: 0 every row can be used (image files that are merely absent are rep
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmrlhf.data.advice import to_unpack
 from mmrlhf.data.images import MAX_PIXELS, MissingFile, frame_names, open_image, open_video
 from mmrlhf.data.readers import GroupSet, read_groups, summary
 from mmrlhf.data.schema import PAIR_MODES, BadRow, ImageRef, PreferenceGroup, VideoRef
@@ -65,6 +65,7 @@ class Report:
     image_sizes: Spread | None = None  # pixels
     largest_image: str = ""
     missing: list[str] = field(default_factory=list)  # absent files, "path (first used by file:line)"
+    unpack: list[str] = field(default_factory=list)  # archives in the data root that hold absent files, a sentence each
     bad_images: list[BadRow] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)  # rows, and with a processor groups that cannot be encoded
     categories: dict[str, tuple[int, int]] = field(default_factory=dict)  # first folder of the path -> groups, pairs
@@ -182,12 +183,13 @@ def _look_at_images(report: Report, found: GroupSet, max_pixels: int) -> list[Pr
         fine = True
         refs: tuple[ImageRef | VideoRef, ...] = (*group.images, *group.videos)
         for ref in refs:
-            key: object = ref if isinstance(ref, VideoRef) or ref.data is None else hashlib.sha256(ref.data).digest()
+            key: object = ref if isinstance(ref, VideoRef) else ref.identity
             if key not in verdict:
                 verdict[key] = _one_image(report, ref, found.root, group.source, max_pixels, pixels)
             fine &= verdict[key]
         if fine:
             usable.append(group)
+    report.unpack = to_unpack([line.rpartition(" (first used by ")[0] for line in report.missing], found.root)
     report.images = len(verdict)
     report.image_sizes = Spread.of([count for count, _ in pixels])
     report.largest_image = max(pixels, default=(0, ""))[1]
@@ -237,6 +239,11 @@ def _lines(report: Report):
         yield f"  {report.error}"
         return
     yield f"{report.path}: format {report.format}, {report.rows:,} rows"
+    if not report.groups:
+        bad, without = len(report.bad_rows), len(report.without_pairs)
+        yield f"  none of them can be used ({bad:,} bad, {without:,} without any pair)"
+        yield from _bad_lines(report)
+        return
     yield f"  {report.pairs:,} pairs in {report.groups:,} groups with {report.responses:,} unique responses"
     sizes = ", ".join(f"K={size}: {count:,}" for size, count in report.group_sizes.items())
     yield f"  responses a group    {sizes}"
@@ -269,16 +276,20 @@ def _lines(report: Report):
     if report.ignored_columns:
         columns = ", ".join(f"{name} ({count:,})" for name, count in report.ignored_columns.items())
         yield f"  columns not read: {columns}"
-    yield from _listing("bad rows", [str(row) for row in report.bad_rows])
-    if len(report.bad_rows) > 1:
-        yield "  reasons"
-        yield from ("  " + line for line in summary(report.bad_rows).splitlines())
+    yield from _bad_lines(report)
     if report.status:
         yield "  some of it cannot be used: see above"
     elif report.missing:
         yield f"  every row is sound; {len(report.missing):,} images or videos are missing"
     else:
         yield "  every row can be used"
+
+
+def _bad_lines(report: Report):
+    yield from _listing("bad rows", [str(row) for row in report.bad_rows])
+    if len(report.bad_rows) > 1:
+        yield "  reasons"
+        yield from ("  " + line for line in summary(report.bad_rows).splitlines())
 
 
 def _image_lines(report: Report):
@@ -292,8 +303,10 @@ def _image_lines(report: Report):
     )
     if report.image_sizes is not None:
         yield f"  pixels               {report.image_sizes} ({report.largest_image})"
+    yield from (f"  {line}" for line in report.unpack)
     if report.missing and not there:
-        yield f"  none of the images is here (first: {report.missing[0]}); name their folder with --root"
+        how = "" if report.unpack else "; name their folder with --root"
+        yield f"  none of the images is here (first: {report.missing[0]}){how}"
     else:
         yield from _listing("missing images", report.missing)
     yield from _listing("bad images", [str(row) for row in report.bad_images])

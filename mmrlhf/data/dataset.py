@@ -1,24 +1,28 @@
-"""PreferenceDataset: groups encoded once, tokens kept, pixels kept while there is room.
+"""PreferenceDataset: tokens of every group made once and kept, pixels made when they are asked for.
 
-Making it encodes every group: that gives each length (packing needs them) and finds every bad group before the first
-step rather than in the middle of a run. Token ids and weights stay in memory (compact); the processors' outputs, which
-are hundreds of times larger, stay in a cache of `cache_bytes` and are made again from the image when they were evicted.
-Under a DataLoader every worker has a cache of its own.
+Making it measures every group (`Encoder.measure`): that gives each length (packing needs them) and finds every bad
+group before the first step rather than in the middle of a run. Threads look at the pictures meanwhile: all their bytes
+are read and decoded, but no processor meets them. Token ids and weights stay in memory (compact); the processors'
+outputs, which are hundreds of times larger, are made in the order of training and stay in a cache of `cache_bytes`.
+Their tokens are then compared with those that were measured. Under a DataLoader every worker has a cache of its own.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Iterable
+import os
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mmrlhf.data.encode import EncodedGroup, Encoder, TooLong
+from mmrlhf.data.looks import Look
 from mmrlhf.data.readers import check_cap, summary
-from mmrlhf.data.schema import BadRow, PreferenceGroup
+from mmrlhf.data.schema import BadRow, ImageRef, PreferenceGroup
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +62,13 @@ class PreferenceDataset:
         self._vision_hashes: dict[int, str] = {}
         seen: set[str] = set()
         total = 0
-        for group in groups:
+        for group, look in _ahead(groups, encoder):
             total += 1
             if group.id in seen:
                 raise ValueError(f"two groups have the id {group.id!r}; ids name cache entries and must differ")
             seen.add(group.id)
             try:
-                encoded = encoder.encode(group)
+                encoded = encoder.measure(group, look)
             except BadRow as error:
                 if on_bad_row == "raise" and not isinstance(error, TooLong):
                     raise
@@ -73,6 +77,7 @@ class PreferenceDataset:
             self._keep_vision(len(self.groups), encoded.vision)
             self.groups.append(group)
             self._text.append(_compact(encoded))
+        encoder.looks.save()
         check_cap(self.dropped, total, max_bad_rows, what="groups", where="encoding")
         if self.dropped:
             logger.warning("%d of %d groups left out:\n%s", len(self.dropped), total, summary(self.dropped))
@@ -89,7 +94,8 @@ class PreferenceDataset:
         index %= len(self)
         vision = self._vision.get(index)
         if vision is None:
-            vision = self.encoder.vision(self.groups[index]) if self._text[index].images else {}
+            text = self._text[index]
+            vision = self.encoder.vision(self.groups[index], text.prefix_ids) if text.images else {}
             self._keep_vision(index, vision)
         else:
             self._vision.move_to_end(index)
@@ -138,6 +144,39 @@ class PreferenceDataset:
         while self._vision_bytes > self.cache_bytes:
             _, oldest = self._vision.popitem(last=False)
             self._vision_bytes -= _bytes(oldest)
+
+
+def _ahead(
+    groups: Iterable[PreferenceGroup], encoder: Encoder
+) -> Iterator[tuple[PreferenceGroup, Callable[[ImageRef], Look]]]:
+    """The groups, each with what gives the looks at its pictures; threads look at those of the next groups."""
+    threads = _threads()
+    with ThreadPoolExecutor(threads, thread_name_prefix="mmrlhf-looks") as pool:
+        waiting: deque[tuple[PreferenceGroup, dict[ImageRef, Future[Look]]]] = deque()
+        try:
+            for group in groups:
+                refs = dict.fromkeys(encoder.pictures(group) or ())
+                name = group.source or group.id
+                waiting.append((group, {ref: pool.submit(encoder.looks, ref, name) for ref in refs}))
+                if len(waiting) > 4 * threads:
+                    yield _ready(*waiting.popleft())
+            while waiting:
+                yield _ready(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ready(
+    group: PreferenceGroup, futures: dict[ImageRef, Future[Look]]
+) -> tuple[PreferenceGroup, Callable[[ImageRef], Look]]:
+    return group, lambda ref: futures[ref].result()
+
+
+def _threads() -> int:
+    """At most 8, and no more than this process's share of the cores it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    return max(1, min(8, cores // max(1, int(processes) if processes.isdecimal() else 1)))
 
 
 def _bytes(vision: dict[str, Tensor]) -> int:

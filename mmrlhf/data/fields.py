@@ -30,6 +30,7 @@ class Record:
     id: str = ""
     meta: dict[str, str] = field(default_factory=dict)
     edge_meta: dict[str, str] = field(default_factory=dict)  # belongs to the one pair of this row
+    ties: list[tuple[int, int]] = field(default_factory=list)  # pairs that the row names as tied
 
 
 def want(row: Mapping, key: str, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
@@ -93,7 +94,7 @@ def pair_of(row: Mapping, better: Any, worse: Any, names: tuple[str, str] = ("ch
     if responses[0].text == responses[1].text:
         raise ValueError("chosen and rejected are the same text")
     if row.get("is_tie") in (True, 1, "True", "true"):
-        return {"responses": responses, "pairs": []}
+        return {"responses": responses, "pairs": [], "ties": [(0, 1)]}
     return {"responses": responses, "pairs": [ListedPair(0, 1, number(row.get("margin"), "margin"))]}
 
 

@@ -137,6 +137,9 @@ def parse_llama_factory(row: Mapping) -> Record:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     better: Any
     worse: Any
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if value is None:
+            raise ValueError(f"{name!r} is missing: rows with one answer each compare nothing")
     conversation = row.get("conversations", row.get("messages"))
     if conversation is not None:
         turns += messages_of(conversation, "conversations")
@@ -231,6 +234,7 @@ def parse_mmrlhf(row: Mapping) -> Record:
         id=str(row.get("id") or ""),
         responses=responses,
         pairs=_listed_pairs(row.get("pairs"), len(responses)),
+        ties=[(p.better, p.worse) for p in _listed_pairs(row.get("ties"), len(responses), "ties") or ()],
         meta={str(k): str(v) for k, v in (want(row, "meta", dict, optional=True) or {}).items()},
     )
 
@@ -268,17 +272,17 @@ def _column(row: Mapping, key: str, count: int) -> list:
     return list(values) if values is not None else [None] * count
 
 
-def _listed_pairs(value: Any, count: int) -> list[ListedPair] | None:
+def _listed_pairs(value: Any, count: int, name: str = "pairs") -> list[ListedPair] | None:
     if value is None:
         return None
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"'pairs' must be a list, got {type(value).__name__}")
+        raise ValueError(f"{name!r} must be a list, got {type(value).__name__}")
     pairs = []
     for item in value:
         ok = isinstance(item, (list, tuple)) and len(item) in (2, 3) and all(type(v) is int for v in item[:2])
         if not ok or not all(0 <= v < count for v in item[:2]) or item[0] == item[1]:
             raise ValueError(
-                f"'pairs' must hold [better, worse] or [better, worse, margin] below {count}, got {item!r}"
+                f"{name!r} must hold [better, worse] or [better, worse, margin] below {count}, got {item!r}"
             )
         pairs.append(ListedPair(item[0], item[1], number(item[2], "margin") if len(item) == 3 else None))
     return pairs
@@ -309,7 +313,7 @@ COLUMNS: dict[str, frozenset[str]] = {
     name: frozenset(columns.split())
     for name, columns in {
         "mm_rlhf": f"{_PAIR} {_MEDIA} prompt chosen_reason rejected_reason ls_factor category split",
-        "mmrlhf": f"id {_MEDIA} prompt responses scores ranks ranking rank pairs meta",
+        "mmrlhf": f"id {_MEDIA} prompt responses scores ranks ranking rank pairs ties meta",
         "rlhf_v": "ds_name image text origin_dataset origin_split idx image_path",
         "rlaif_v": f"{_PAIR} ds_name image question origin_dataset origin_split idx image_path",
         "trl": f"{_PAIR} {_MEDIA} prompt tools",

@@ -15,7 +15,11 @@ Step = list[list[int]]  # micro-batches of dataset indices
 def plan_epoch(
     lengths: Sequence[int], *, groups_per_step: int, tokens_per_batch: int, seed: int, epoch: int
 ) -> list[Step]:
-    """Every index once, in steps of `groups_per_step` (the last step takes what is left).
+    """Every index once, in as few steps of at most `groups_per_step` as there can be, as equal as they can be.
+
+    Steps differ by at most one group, larger ones first, so that no epoch ends in an update from a handful of groups
+    (of 100 in steps of 32: 25 each, not 32, 32, 32, 4). Where `groups_per_step` divides the groups, or there are more
+    steps than it (of 100,001 in steps of 64: 1532 of 64, then 31 of 63), that moves the last steps only.
 
     Inside a step, groups go largest first into the first micro-batch with room, so that the step's largest memory need
     comes first. A micro-batch holds at most `tokens_per_batch` tokens; a group longer than that is alone in its own.
@@ -27,8 +31,18 @@ def plan_epoch(
     if any(length < 1 for length in lengths):
         raise ValueError("lengths must be positive")
     order = sorted(range(len(lengths)), key=lambda index: _ticket(seed, epoch, index))
-    steps = [order[at : at + groups_per_step] for at in range(0, len(order), groups_per_step)]
-    return [pack(step, lengths, tokens_per_batch) for step in steps]
+    return [pack(step, lengths, tokens_per_batch) for step in _evenly(order, groups_per_step)]
+
+
+def _evenly(order: Sequence[int], most: int) -> list[list[int]]:
+    """`order` cut into as few pieces of at most `most` as possible, sizes falling by at most one."""
+    count = -(-len(order) // most)
+    steps, at = [], 0
+    for left in range(count, 0, -1):
+        size = -(-(len(order) - at) // left)
+        steps.append(list(order[at : at + size]))
+        at += size
+    return steps
 
 
 def _ticket(seed: int, epoch: int, index: int) -> bytes:

@@ -7,8 +7,8 @@ same twice count once. Two rows that say opposite things cancel: both pairs go, 
 A tie gives no pair; a group left without any pair is set aside and named, which is no error of the file's. A response
 scored differently in two rows keeps each row's own margin. A ranking that meets other records of its prompt becomes
 the pairs it implies. Ids are made unique ("x", "x~2"), or made from the content where the file has none.
-Everything read is held in memory, equal images once, still encoded; `writers.unpack_images` turns a set whose files
-carry the images inside into one that only names them.
+Texts are held in memory. Images that the files carry inside are kept once each, still encoded: IN_MEMORY bytes of them
+in memory, the rest in a temporary file (`spool`). `writers.unpack_images` makes a set that only names them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmrlhf.data import advice
 from mmrlhf.data.fields import Record
 from mmrlhf.data.formats import COLUMNS, PARSERS, detect
 from mmrlhf.data.rows import Row, iter_objects, iter_rows
 from mmrlhf.data.schema import BadRow, ImageRef, ListedPair, PreferenceGroup, Response
+from mmrlhf.data.spool import Spool
 
 FORMATS = ("auto", *PARSERS)
 _DETECT_ROWS = 32
+IN_MEMORY = 64 * 2**20  # bytes of embedded images; a set of 12 GB would take as much in every process
 _HOPELESS = 100_000  # bad rows after which reading stops in any case
 
 
@@ -137,8 +140,11 @@ def _detect(rows: Iterator[Row], name: str) -> tuple[str, Iterator[Row]]:
             raise BadRow(name, "no rows")
         if problem is not None and not any(isinstance(row, dict) for _, row in first):
             raise problem
-        keys = next((", ".join(sorted(map(str, row))[:20]) for _, row in first if isinstance(row, dict)), "")
-        raise BadRow(first[0][0], f"no known format ({', '.join(PARSERS)}) has columns {keys or '(none)'}")
+        source, shown = next((source, row) for source, row in first if isinstance(row, dict))
+        keys = ", ".join(sorted(map(str, shown))[:20]) or "(none)"
+        hint = advice.for_columns(shown, name if Path(name).is_file() else source.rpartition(":")[0])
+        unread = "" if problem is None else f" (another row cannot be read: {problem})"
+        raise BadRow(source, f"no known format ({', '.join(PARSERS)}) has columns {keys}; {hint}{unread}")
     return found.most_common(1)[0][0], itertools.chain(first, rows)
 
 
@@ -174,6 +180,7 @@ class _Building:
     index: dict[str, int] = field(default_factory=dict)  # text -> index
     edges: dict[tuple[int, int], float | None] = field(default_factory=dict)  # (better, worse) -> margin
     void: set[frozenset[int]] = field(default_factory=set)  # pairs stated both ways
+    ties: set[frozenset[int]] = field(default_factory=set)  # pairs stated as tied; an order goes before
     edge_meta: dict[str, dict[str, str]] = field(default_factory=dict)
     ranked: bool = False
 
@@ -185,11 +192,16 @@ class Gatherer:
         self.building: dict[tuple, _Building] = {}
         self.ignored: Counter[str] = Counter()
         self.images: dict[bytes, ImageRef] = {}  # digest -> the one copy
+        self.embedded = 0  # bytes of those copies
+        self.spool: Spool | None = None
         self.contradictions = self.duplicates = self.ties = 0
 
     def add(self, record: Record, source: str) -> None:
         """Take one record. Raises BadRow and changes nothing if it contradicts itself."""
+        tied = [[record.responses[index].text for index in tie] for tie in record.ties]
         record.responses, record.pairs = _unique(record, source)
+        texts = [response.text for response in record.responses]
+        record.ties = [(texts.index(a), texts.index(b)) for a, b in tied if a != b]
         record.images = tuple(self._shared(ref) for ref in record.images)
         key = (record.prompt, tuple(_image_key(ref) for ref in record.images), record.videos)
         group = self.building.get(key)
@@ -211,6 +223,7 @@ class Gatherer:
 
     def _add_pairs(self, group: _Building, record: Record, pairs: Iterable[ListedPair]) -> None:
         at = [self._response(group, response) for response in record.responses]
+        group.ties |= {frozenset((at[i], at[j])) for i, j in record.ties}
         for pair in pairs:
             edge = (at[pair.better], at[pair.worse])
             both = frozenset(edge)
@@ -250,7 +263,15 @@ class Gatherer:
     def _shared(self, ref: ImageRef) -> ImageRef:
         if ref.data is None:
             return ref
-        return self.images.setdefault(hashlib.sha256(ref.data).digest(), ref)
+        digest = hashlib.sha256(ref.data).digest()
+        known = self.images.get(digest)
+        if known is None:
+            self.embedded += len(ref.data)
+            if self.embedded > IN_MEMORY:
+                self.spool = self.spool or Spool()
+                ref = ImageRef(stored=self.spool.add(ref.data, digest))
+            known = self.images[digest] = ref
+        return known
 
     def finish(self, **about: Any) -> GroupSet:
         groups: list[PreferenceGroup] = []
@@ -311,7 +332,7 @@ def _as_pairs(record: Record, source: str) -> list[ListedPair]:
 
 
 def _image_key(ref: ImageRef) -> object:
-    return ref.path if ref.data is None else id(ref)  # bytes were made one object by `_shared`
+    return id(ref) if ref.path is None else ref.path  # embedded images were made one object by `_shared`
 
 
 def _group(building: _Building, key: tuple) -> PreferenceGroup:
@@ -322,6 +343,7 @@ def _group(building: _Building, key: tuple) -> PreferenceGroup:
     pairs = None
     if not building.ranked:
         pairs = tuple(ListedPair(i, j, margin) for (i, j), margin in building.edges.items())
+    ordered = {frozenset(edge) for edge in building.edges} | building.void
     return PreferenceGroup(
         id=record.id or _content_id(record),
         prompt=record.prompt,
@@ -329,6 +351,7 @@ def _group(building: _Building, key: tuple) -> PreferenceGroup:
         images=record.images,
         videos=record.videos,
         pairs=pairs,
+        ties=tuple(sorted((min(tie), max(tie)) for tie in building.ties - ordered)),
         source=building.source,
         meta=meta,
     )
@@ -337,5 +360,6 @@ def _group(building: _Building, key: tuple) -> PreferenceGroup:
 def _content_id(record: Record) -> str:
     digest = hashlib.sha256(repr((record.prompt, record.videos)).encode())
     for ref in record.images:
-        digest.update(ref.data if ref.data is not None else (ref.path or "").encode())
+        embedded = ref.embedded()
+        digest.update(embedded if embedded is not None else (ref.path or "").encode())
     return digest.hexdigest()[:16]

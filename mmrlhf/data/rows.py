@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mmrlhf.data import advice
+from mmrlhf.data.images import container_of
 from mmrlhf.data.schema import BadRow
 
 Row = tuple[str, "dict[str, Any] | BadRow"]  # "file:line" or "file:row N", and what is there
@@ -38,6 +40,8 @@ def iter_rows(path: str | Path) -> Iterator[Row]:
 
     Raises FileNotFoundError, and BadRow for a container that is refused or is not what its name says.
     """
+    if not str(path):
+        raise FileNotFoundError("the path of the data is empty")
     path = Path(path)
     if path.is_dir():
         yield from _iter_folder(path)
@@ -48,29 +52,78 @@ def iter_rows(path: str | Path) -> Iterator[Row]:
     if suffix in REFUSED:
         raise BadRow(str(path), f"{suffix} files are not read: {REFUSED[suffix]}")
     if suffix not in READABLE:
-        raise BadRow(str(path), f"a data file must end in {', '.join(READABLE)}, got {suffix or 'no ending'!r}")
+        wanted = f"a data file must end in {', '.join(READABLE)}, got {suffix or 'no ending'!r}"
+        raise BadRow(str(path), wanted + advice.for_ending(suffix))
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise BadRow(str(path), "not a regular file")
-    if suffix == ".parquet":
-        yield from _iter_parquet(path)
-        return
     with open(path, "rb") as file:
         head = file.read(64)
+        if advice.is_lfs_pointer(head):
+            raise BadRow(str(path), advice.LFS)
+        if suffix == ".parquet":
+            yield from _iter_parquet(path)
+            return
         for magic, name in _MAGIC:
             if head.startswith(magic):
                 raise BadRow(str(path), f"named {suffix}, but it is {name}, which is not read")
         file.seek(0)
-        if suffix == ".json" and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        begins = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+        if begins.startswith((b"{\n", b"{\r")) and begins[1:].lstrip().startswith(b'"'):
+            raise BadRow(
+                str(path), "one JSON object over several lines; store a row a line, or a list of rows as .json"
+            )
+        if suffix == ".json" and begins.startswith(b"["):
             yield from _iter_json_array(path, file)
+        elif begins.startswith(b"[") and begins[1:].lstrip()[:1] in (b"{", b""):
+            raise BadRow(str(path), f"named {suffix}, but it is one JSON list of rows: name it .json")
         else:
             yield from _iter_lines(str(path), file)
 
 
 def iter_objects(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
-    """Rows already in memory: a list of dicts, or a `datasets.Dataset` (whose images may be PIL images)."""
-    for number, row in enumerate(rows):
+    """Rows already in memory: a list of dicts, or a `datasets.Dataset`, whose images are taken as they are stored.
+
+    What is not stored as bytes in one of `images.FORMATS` (a path, a TIFF) comes as the PIL image `datasets` makes.
+    """
+    for number, row in enumerate(_undecoded(rows) if _has_stored_images(rows) else rows):
         source = f"row {number}"
         yield source, dict(row) if isinstance(row, Mapping) else BadRow(source, f"must be a mapping, got {_type(row)}")
+
+
+_IMAGE_COLUMNS = ("image", "images")
+
+
+def _has_stored_images(rows: Any) -> bool:
+    """Whether this is a `datasets.Dataset` with image columns, and no transform of the user's own makes its rows."""
+    asked = ("column_names", "format", "select_columns", "remove_columns", "with_format", "__getitem__", "__len__")
+    if not all(hasattr(rows, name) for name in asked) or rows.format["type"] == "custom":
+        return False
+    return any(name in _IMAGE_COLUMNS for name in rows.column_names)
+
+
+def _undecoded(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Its rows; decoding a photograph and encoding it again without loss costs 100 ms a megapixel, reading it none."""
+    columns = [name for name in _IMAGE_COLUMNS if name in dataset.column_names]
+    stored = dataset.select_columns(columns).with_format("arrow")
+    others = dataset.remove_columns(columns)
+    for start in range(0, len(dataset), ROWS_AT_ONCE):
+        pictures = stored[start : start + ROWS_AT_ONCE].to_pylist()
+        for number, row in enumerate(pictures, start):
+            if all(_usable(item) for value in row.values() for item in _items(value)):
+                yield {**(others[number] if others.column_names else {}), **row}
+            else:
+                yield dataset[number]
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _usable(item: Any) -> bool:
+    """Whether a stored image can go on as it is: bytes in a format that is opened, a string, or none at all."""
+    if not isinstance(item, Mapping) or set(item) != {"bytes", "path"}:
+        return True
+    return item["bytes"] is not None and container_of(item["bytes"]) is not None
 
 
 def _iter_folder(folder: Path) -> Iterator[Row]:
@@ -82,6 +135,9 @@ def _iter_folder(folder: Path) -> Iterator[Row]:
     if (folder / "state.json").exists():
         yield from _iter_save_to_disk(folder)
         return
+    meant = advice.for_download(folder)
+    if meant is not None:
+        raise BadRow(str(folder), meant)
     listed = sorted(folder.iterdir())
     names = [p for p in listed if p.suffix.lower() in READABLE and p.is_file() and p.name not in _NOT_DATA]
     for suffix in (".parquet", ".jsonl", ".ndjson", ".json"):
@@ -92,6 +148,7 @@ def _iter_folder(folder: Path) -> Iterator[Row]:
             return
     refused = sorted({p.suffix.lower() for p in listed} & set(REFUSED))
     why = f"; {', '.join(refused)} are not read" if refused else ""
+    why += advice.for_folder(folder, READABLE)
     raise BadRow(str(folder), f"the folder holds no {', '.join(READABLE)} file and is no save_to_disk folder{why}")
 
 
@@ -112,7 +169,7 @@ def _iter_lines(name: str, file: BinaryIO) -> Iterator[Row]:
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
-            yield source, parse_json(line, source)
+            yield source, parse_json(line.rstrip(), source)
 
 
 def parse_json(line: bytes, source: str) -> dict[str, Any] | BadRow:

@@ -6,9 +6,10 @@ is K = 2. Text here is user data: the marker tokens of a model never appear in i
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 PairMode = Literal["all", "adjacent", "best_vs_rest"]
 PAIR_MODES: tuple[str, ...] = ("all", "adjacent", "best_vs_rest")
@@ -23,16 +24,41 @@ class BadRow(ValueError):
         self.reason = reason
 
 
+class Stored(Protocol):
+    """Bytes that lie in a file of ours; `spool.Spooled` is one."""
+
+    @property
+    def digest(self) -> bytes: ...  # sha256
+
+    def read(self) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class ImageRef:
-    """Where the bytes of an image are: a path inside the data root, or the bytes themselves."""
+    """Where the bytes of an image are: a path inside the data root, the bytes themselves, or a place they can be read
+    from again (those of a large data set that carries its images inside)."""
 
     path: str | None = None  # relative to the data root; opened by `images.open_image` only
     data: bytes | None = None
+    stored: Stored | None = None
 
     def __post_init__(self):
-        if (self.path is None) == (self.data is None):
-            raise ValueError("ImageRef takes exactly one of path and data")
+        if sum(each is not None for each in (self.path, self.data, self.stored)) != 1:
+            raise ValueError("ImageRef takes exactly one of path, data and stored")
+
+    def embedded(self) -> bytes | None:
+        """The encoded bytes of an image that came inside the data; None for one that is a file."""
+        return self.stored.read() if self.stored is not None else self.data
+
+    @property
+    def identity(self) -> str | bytes:
+        """Equal for equal images: the path, or the sha256 of embedded bytes."""
+        if self.path is not None:
+            return self.path
+        if self.stored is not None:
+            return self.stored.digest
+        assert self.data is not None
+        return hashlib.sha256(self.data).digest()
 
 
 @dataclass(frozen=True)
@@ -84,6 +110,7 @@ class PreferenceGroup:
     images: tuple[ImageRef, ...] = ()
     videos: tuple[VideoRef, ...] = ()
     pairs: tuple[ListedPair, ...] | None = None  # None: derive them from ranks, else from scores
+    ties: tuple[tuple[int, int], ...] = ()  # pairs that the data names as tied; equal ranks are ties as well
     source: str = ""  # file:line of the (first) row it came from
     meta: dict[str, str] = field(default_factory=dict)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrlhf.data.images import MAX_PIXELS, MissingFile, open_image, open_video
-from mmrlhf.data.readers import GroupSet, read_groups
+from mmrlhf.data.readers import GroupSet, read_groups, summary
 from mmrlhf.data.schema import BadRow, ImageRef, ListedPair, PreferenceGroup, VideoRef
 from mmrlhf.data.segments import changed_spans
 
@@ -47,7 +47,8 @@ def view(
         output: the page; by default beside `path`, with the ending .html.
         limit: groups shown, from the first.
         image_size: longest side of the embedded pictures, in pixels.
-    Bad rows are left out (the page's head counts them). Raises what `read_groups` raises when nothing can be read.
+    Bad rows are left out (the page's head counts them). Raises what `read_groups` raises when nothing
+    can be read, BadRow when no row is left.
     """
     for name, value in (("limit", limit), ("image_size", image_size)):
         if value < 1:
@@ -55,6 +56,8 @@ def view(
     path = Path(path)
     target = Path(output) if output is not None else path.with_name(path.name + ".html")
     found = read_groups(path, format=format, root=root, on_bad_row="skip", max_bad_rows=1.0)
+    if not found.groups:
+        raise BadRow(str(path), f"none of its {found.rows:,} rows can be shown:\n{summary(found.bad_rows)}")
     page = render(found, title=path.name, limit=limit, image_size=image_size, max_image_pixels=max_image_pixels)
     beside = target.with_name(target.name + ".part")
     beside.write_text(page, encoding="utf-8")

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmrlhf.data.fields import has_placeholder
-from mmrlhf.data.images import image_bytes
+from mmrlhf.data.images import container_of, image_bytes
 from mmrlhf.data.schema import ImageRef, ListedPair, PreferenceGroup, Response
-
-_MAGIC = ((b"\x89PNG", "png"), (b"GIF8", "gif"), (b"RIFF", "webp"), (b"BM", "bmp"))
 
 
 def write_dpo_pairs(groups: Iterable[PreferenceGroup], path: str | Path) -> int:
@@ -64,6 +62,8 @@ def write_ranked(groups: Iterable[PreferenceGroup], path: str | Path) -> int:
             row["responses"] = [_response(r) for r in group.responses]
             if group.pairs is not None:
                 row["pairs"] = [[p.better, p.worse] + ([] if p.margin is None else [p.margin]) for p in group.pairs]
+            if group.ties:
+                row["ties"] = [list(tie) for tie in group.ties]
             if group.meta:
                 row["meta"] = group.meta
             file.write(_json(row))
@@ -74,8 +74,8 @@ def write_ranked(groups: Iterable[PreferenceGroup], path: str | Path) -> int:
 def unpack_images(groups: Iterable[PreferenceGroup], folder: str | Path) -> list[PreferenceGroup]:
     """The groups with embedded images stored in `folder`, a file a distinct image, and referred to by name.
 
-    Parquet sets carry their images inside, and whoever reads one holds them all in memory (12 GB for RLAIF-V, in every
-    process). Unpacked once and written with `write_ranked(groups, folder / "data.jsonl")`, only texts are held.
+    Parquet sets carry their images inside, and every process that reads one copies them to a temporary file (12 GB for
+    RLAIF-V). Unpacked once and written with `write_ranked(groups, folder / "data.jsonl")`, nothing is copied again.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,11 +83,12 @@ def unpack_images(groups: Iterable[PreferenceGroup], folder: str | Path) -> list
     for group in groups:
         images = []
         for ref in group.images:
-            if ref.data is not None:
-                name = f"{hashlib.sha256(ref.data).hexdigest()[:32]}.{_kind(ref.data)}"
+            data = ref.embedded()
+            if data is not None:
+                name = f"{hashlib.sha256(data).hexdigest()[:32]}.{_kind(data)}"
                 if not (folder / name).exists():
                     with _beside(folder / name) as beside:
-                        beside.write_bytes(ref.data)
+                        beside.write_bytes(data)
                 ref = ImageRef(path=name)
             images.append(ref)
         out.append(dataclasses.replace(group, images=tuple(images)))
@@ -95,7 +96,7 @@ def unpack_images(groups: Iterable[PreferenceGroup], folder: str | Path) -> list
 
 
 def _kind(data: bytes) -> str:
-    return next((kind for magic, kind in _MAGIC if data.startswith(magic)), "jpeg")
+    return container_of(data) or "jpeg"
 
 
 def write_rlhf_v_parquet(groups: Iterable[PreferenceGroup], path: str | Path, root: str | Path) -> int:
@@ -202,8 +203,9 @@ def _part(part) -> dict[str, str]:
 
 
 def _data_uri(ref: ImageRef) -> str:
-    assert ref.data is not None
-    return f"data:image/{_kind(ref.data)};base64," + base64.b64encode(ref.data).decode()
+    data = ref.embedded()
+    assert data is not None
+    return f"data:image/{_kind(data)};base64," + base64.b64encode(data).decode()
 
 
 def _json(row: dict[str, Any]) -> str:

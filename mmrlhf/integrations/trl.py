@@ -30,7 +30,7 @@ from mmrlhf.integrations import trl_support as support
 from mmrlhf.integrations.cached import with_reference
 from mmrlhf.integrations.forward import STATISTICS, add_forward, tower_is_shared
 from mmrlhf.integrations.objective import LossSettings, Result, objective
-from mmrlhf.integrations.rows import BATCH, COLUMNS_READ, PackedRows, PreferenceCollator
+from mmrlhf.integrations.rows import BATCH, COLUMNS_READ, PackedRows, PreferenceCollator, undecoded
 from mmrlhf.models.parts import inner_model
 from mmrlhf.ops import sequence_score
 from mmrlhf.train.reference import reference_key
@@ -103,7 +103,7 @@ class _PreferenceMethods:
     _is_vision_dataset = property(lambda self: False, lambda self, value: None)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        return dataset
+        return undecoded(dataset)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:

@@ -19,7 +19,10 @@ from mmrlhf.data.packing import over_budget, plan_epoch
 def test_every_group_once_and_no_batch_over_budget(lengths, per_step, budget, seed, epoch):
     plan = plan_epoch(lengths, groups_per_step=per_step, tokens_per_batch=budget, seed=seed, epoch=epoch)
     assert sorted(i for step in plan for batch in step for i in batch) == list(range(len(lengths)))
-    assert [sum(map(len, step)) for step in plan[:-1]] == [per_step] * (len(plan) - 1)
+    sizes = [sum(map(len, step)) for step in plan]
+    assert len(sizes) == -(-len(lengths) // per_step)
+    assert sizes == sorted(sizes, reverse=True)
+    assert not sizes or (sizes[0] <= per_step and sizes[0] - sizes[-1] <= 1)
     for step in plan:
         firsts = [lengths[batch[0]] for batch in step]
         assert firsts == sorted(firsts, reverse=True)
@@ -46,6 +49,32 @@ def test_the_order_never_changes_between_versions():
 
 
 ORDER = [4, 1, 5, 0, 2, 7, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("groups", "per_step", "sizes"),
+    [
+        (9, 3, [3, 3, 3]),  # nothing left over: as it was
+        (100, 32, [25, 25, 25, 25]),  # not 32, 32, 32 and an update from 4 groups
+        (26, 4, [4, 4, 4, 4, 4, 3, 3]),  # more steps than groups in one: only the last ones move
+        (7, 3, [3, 2, 2]),
+        (5, 10, [5]),
+    ],
+)
+def test_the_last_step_is_as_large_as_the_others(groups, per_step, sizes):
+    lengths = [1 + i % 5 for i in range(groups)]
+    settings = {"tokens_per_batch": 12, "seed": 3, "epoch": 1}
+    plan = plan_epoch(lengths, groups_per_step=per_step, **settings)
+    assert [sum(map(len, step)) for step in plan] == sizes
+    # Steps that kept their size hold what consecutive steps of a full size hold, micro-batch by micro-batch.
+    whole = plan_epoch(lengths + [1] * (-groups % per_step), groups_per_step=per_step, **settings)
+    order = [i for step in plan_epoch(lengths, groups_per_step=1, **settings) for i in step[0]]
+    at = 0
+    for step, size in zip(plan, sizes, strict=True):
+        assert sorted(i for batch in step for i in batch) == sorted(order[at : at + size])
+        at += size
+    if groups % per_step == 0:
+        assert plan == whole
 
 
 def test_first_fit_decreasing_fills_batches():
