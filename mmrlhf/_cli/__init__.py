@@ -1,0 +1,1 @@
+"""Parts of `mmrlhf.cli`: a module a command that has many options. Importing them imports nothing heavy."""
