@@ -1,4 +1,4 @@
-"""The command `mmrlhf`: train, reference, trl, data check, data view, demo, doctor.
+"""The command `mmrlhf`: train, reference, reward, trl, eval, data check, data view, demo, doctor.
 
 What a user can get wrong (a setting, a path, a row, a missing package) is one line on stderr and exit code 2; a run
 that fails on its way is exit code 1; one stopped by a signal is 128 + the signal's number. `--debug` shows the
@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from mmrlhf._cli import evaluate, reward
 
 USER_ERROR, FAILURE, BROKEN_PIPE = 2, 1, 128 + 13  # SIGPIPE
 
@@ -118,6 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--format", default="auto", help="default: recognised by the first rows")
         command.add_argument("--root", help="folder the pictures are looked up in; default: that of the data")
 
+    evaluate.add(commands, debug)
+    reward.add(commands, debug, settings=_settings)
+
     demo = commands.add_parser(
         "demo", help="train a small model end to end on made data, and write the report", parents=[debug]
     )
@@ -154,7 +159,9 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         from mmrlhf.train.plan import plan
 
-        print(plan(settings).text())
+        told = plan(settings).text()
+        if os.environ.get("RANK", "0") == "0":
+            print(told)
         return 0
     folder = train(settings)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks

@@ -29,6 +29,9 @@ LOSS_KINDS = (
     "orpo",
 )
 
+REWARD_HEADS = ("tanh", "silu")
+REWARD_RECIPE = "mm_rlhf_reward"  # trained by `mmrlhf reward train`
+
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 
 # Kinds for which label_smoothing means something; for exo_pair it has to be above 0.
@@ -156,6 +159,28 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """What recipe mm_rlhf_reward minimises; no other recipe reads it."""
+
+    head: str = "tanh"  # tanh: linear, tanh, linear (MM-RLHF) | silu: linear, SiLU, linear (BaseReward)
+    dropout: float | None = None  # before each linear layer of the head; None: the decoder's attention_dropout
+    critic_weight: float = 1.0  # of the token-mean NLL of both critiques of a pair
+    score_weight: float = 1.0  # of -log sigmoid(r_better - r_worse)
+    tie_weight: float = 1.0  # of (r_a - r_b)^2 of tied responses, times score_weight
+    center_weight: float = 0.01  # of (r_better + r_worse)^2
+    margin: bool = False  # take the pair's margin off the difference of its scores
+
+    def __post_init__(self):
+        _one_of("reward.head", self.head, REWARD_HEADS)
+        dropout = self.dropout
+        _require(dropout is None or 0.0 <= dropout < 1.0, "reward.dropout", dropout, "in [0, 1), or null")
+        for name in ("critic_weight", "score_weight", "tie_weight", "center_weight"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"reward.{name}", value, "finite and 0 or more")
+        _require(self.score_weight > 0, "reward.score_weight", self.score_weight, "above 0")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     lr: float = 5e-7
     betas: tuple[float, float] = (0.9, 0.999)
@@ -190,6 +215,8 @@ class TrainConfig:
     tokens_per_batch: int = 8192
     device: str = "auto"
     backend: str | None = None  # ops backend; None chooses
+    shard: str = "none"  # none | full: weights, gradients and AdamW's state cut over the processes (FSDP2)
+    sync_each_batch: bool = False  # shard=full: reduce gradients after each micro-batch; less memory, more traffic
     save_every: int = 0  # steps; 0 saves at the end only
     keep_last: int = 2
     resume: bool = True  # from the newest whole checkpoint in `output`
@@ -205,6 +232,7 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self):
@@ -214,6 +242,13 @@ class TrainConfig:
         _require(usable, "device", self.device, "auto, cpu, cuda or cuda:N")
         if self.backend is not None:
             _one_of("backend", self.backend, BACKENDS)
+        _one_of("shard", self.shard, ("none", "full"))
+        _require(
+            self.shard == "full" or not self.sync_each_batch,
+            "sync_each_batch",
+            self.sync_each_batch,
+            "false where shard is none",
+        )
         _require(
             self.lora.enabled or self.model.dtype != "float16",
             "model.dtype",
@@ -231,7 +266,7 @@ class TrainConfig:
 
 # Values and their sources: RLHF-V section 4.1 (beta .5, gamma 5, normalised by Eq. 5); its released script of
 # 2024-02-05 (gamma 1.1, beta .1, plain sum, difflib segments); MM-RLHF section 4 and appendix F.2 (beta .1, w .5,
-# k .5).
+# k .5); its reward model's script critic_reward_7b.sh (lr 1e-6, warm-up .1, weights 1, 1 and .01).
 RECIPES: dict[str, dict[str, Any]] = {
     "dpo": {},
     "rlhf_v": {
@@ -247,6 +282,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mm_dpo": {
         "data": {"pairs": "all"},
         "loss": {"beta": 0.1, "beta_mode": "margin", "w": 0.5, "k": 0.5, "reduction": "sum", "sft_weight": 0.25},
+        "optim": {"lr": 1e-6, "warmup": 0.1},
+    },
+    REWARD_RECIPE: {
+        "samples": 0,  # it answers no prompts
+        "data": {"pairs": "all"},
+        "reward": {"critic_weight": 1.0, "score_weight": 1.0, "center_weight": 0.01},
         "optim": {"lr": 1e-6, "warmup": 0.1},
     },
 }
@@ -274,7 +315,9 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Train
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), RECIPES[recipe], asked)
         settings = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
+        key = error.full_key  # None where a whole section was given something else
+        origin = "command line" if any(word.split("=")[0] == key for word in overrides) else where
+        raise ValueError(f"{origin}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
     except YAMLError as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     assert isinstance(settings, TrainConfig)

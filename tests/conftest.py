@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# Tests side by side share the processors, and so do the programs they start: before torch is imported, which reads it.
+_side_by_side = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _side_by_side > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _side_by_side)))
+
+import torch  # noqa: E402
 
 # Without a GPU the kernels run in Triton's interpreter, which has to be asked for before anything imports Triton.
 if not torch.cuda.is_available():

@@ -40,15 +40,31 @@ def test_commands_and_options_are_frozen():
 
     walk("", cli.build_parser())
     common = ["--debug", "--help"]
+    scoring = ["--samples", "--temperature", "--seed", "--max-new-tokens", "--tokens-per-batch", "--max-group-tokens"]
+    reading = ["-o", "--output", "--video-frames", "--format", "--root", "--on-bad-row", "--device", "--dtype"]
+    reading += ["--revision", "--trust-remote-code"]
+    loading = ["--model", "--revision", "--trust-remote-code", "--device", "--dtype", "--root", "--on-bad-row"]
+    loading += ["--name", "-o", "--output"]
+    asking = [*loading, "--answers", "--max-new-tokens", "--batch-size", "--judge", "--judge-url", "--judge-key-env"]
+    asking += ["--judge-workers", "--judge-template"]
+    suite = ["--chair", "--mmhal", "--safety", "--dimension", "--task", "--limit", "--include-path", "--print"]
+    coco = ["--coco-instances", "--coco-captions"]
     assert found == {
         "train": sorted([*common, "--plan", "recipe", "settings"]),
         "reference": sorted([*common, "recipe", "settings"]),
         "trl": sorted([*common, "config", "words"]),
+        "reward train": sorted([*common, "recipe", "settings"]),
+        "reward score": sorted([*common, "model", "data", "--critic", *scoring, *reading]),
         "data check": sorted(
             [*common, "--model", "--revision", "--trust-remote-code", "--pairs", "--format", "--root", "path"]
         ),
         "data view": sorted([*common, "-o", "--output", "--limit", "--format", "--root", "path"]),
         "demo": sorted([*common, "-o", "--output", "--quick"]),
+        "eval rewardbench": sorted([*common, *loading, "data", "--scores", "--benchmark", "--critic"]),
+        "eval hallucination": sorted([*common, *asking, "data", "--benchmark", "--count", "--style", *coco]),
+        "eval safety": sorted([*common, *asking, "data", "--style"]),
+        "eval suite": sorted([*common, *asking, *suite]),
+        "eval compare": sorted([*common, "before", "after"]),
         "doctor": common,
     }
 

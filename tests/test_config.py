@@ -17,15 +17,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Adding, renaming or removing a setting is a decision: change it here too, and tell the users.
 FIELDS = {
-    "": "recipe output seed epochs max_steps groups_per_step tokens_per_batch device backend save_every keep_last "
+    "": "recipe output seed epochs max_steps groups_per_step tokens_per_batch device backend shard "
+    "sync_each_batch save_every keep_last "
     "resume resume_changed log_every samples sample_tokens reference_cache trackers report max_bad_steps model lora "
-    "data loss optim",
+    "data loss reward optim",
     "model": "path revision trust_remote_code dtype freeze_vision freeze_projector freeze_lm_head "
     "gradient_checkpointing share_prefix self_check liger",
     "lora": "enabled r alpha dropout targets",
     "data": "path format root pairs on_bad_row max_bad_rows max_group_tokens max_image_pixels segments gamma "
     "video_frames workers vision_cache vision_cache_bytes",
     "loss": "kind beta beta_mode w k reduction label_smoothing sft_weight",
+    "reward": "head dropout critic_weight score_weight tie_weight center_weight margin",
     "optim": "lr betas eps weight_decay warmup final_lr clip",
 }
 
@@ -49,7 +51,7 @@ def test_loss_kinds_are_those_of_the_ops():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("recipe=dpoo", "recipe must be one of dpo, rlhf_v, rlhf_v_released, mm_dpo, got 'dpoo'"),
+        ("recipe=dpoo", "recipe must be one of dpo, rlhf_v, rlhf_v_released, mm_dpo, mm_rlhf_reward, got 'dpoo'"),
         ("model.dtype=float8", "model.dtype must be one of auto, float32, bfloat16, float16, got 'float8'"),
         ("lora.r=0", "lora.r must be a positive integer, got 0"),
         ("lora.alpha=0", "lora.alpha must be finite and positive, got 0.0"),
@@ -85,8 +87,8 @@ def test_loss_kinds_are_those_of_the_ops():
         ("keep_last=0", "keep_last must be positive, got 0"),
         ("samples=-1", "samples must be 0 or more, got -1"),
         ("trackers=[mlflow]", "trackers must be one of tensorboard, wandb, got 'mlflow'"),
-        ("optim.lrr=1", "command line: Key 'lrr' not in 'OptimConfig'. Did you mean: 'lr'?"),
-        ("optim.lr=fast", "command line: Value 'fast' of type 'str' could not be converted to Float"),
+        ("optim.lrr=1", "command line: optim.lrr: Key 'lrr' not in 'OptimConfig'. Did you mean: 'lr'?"),
+        ("optim.lr=fast", "command line: optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
         ("loss.kind=[1", "command line is not valid YAML: while parsing a flow sequence"),
     ],
 )
@@ -144,6 +146,15 @@ def test_broken_files_are_named(text, message, tmp_path):
         load(tmp_path / "absent.yaml")
 
 
+def test_an_error_names_the_key_and_where_it_was_written(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("optim: {lr: fast}\n")
+    for words, origin in (([], str(path)), (["optim.lr=slow"], "command line")):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the start of the message is compared below
+            load(path, words)
+        assert str(caught.value).startswith(f"{origin}: optim.lr: Value ")
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_label_smoothing_is_refused_when_the_settings_are_made(kind, smoothing):
@@ -177,6 +188,9 @@ def test_example_recipes_load_and_say_what_their_recipe_says(path):
     assert settings.recipe == path.stem
     named = load(None, [f"recipe={path.stem}"])
     for part, values in config.RECIPES[path.stem].items():
+        if not isinstance(values, dict):
+            assert getattr(settings, part) == values, part
+            continue
         for name in values:
             assert getattr(getattr(settings, part), name) == getattr(getattr(named, part), name), f"{part}.{name}"
     assert (load(path).model.path, load(path).data.path) == ("", ""), "what only the user knows is left open"

@@ -57,7 +57,9 @@ def skeleton(
     wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
     with no_init_weights(), torch.device("meta"):
-        return load.auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+        model = load.auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+        model.tie_weights()  # without weights to initialise nobody else does, and a tied head would count twice
+        return model
 
 
 def activations(model: nn.Module, layout: Layout) -> Activations:

@@ -82,7 +82,7 @@ def suppressed_tokens(model: nn.Module, processor: Any) -> list[int]:
     for name, token in vars(processor).items():  # fake_image_token, global_image_token, start_image_token, …
         if name.endswith("_token") and isinstance(token, str) and ("image" in name or "video" in name):
             found.add(tokenizer.convert_tokens_to_ids(token))
-    return sorted(t for t in found if isinstance(t, int) and 0 <= t < rows and t not in _end_tokens(whole, tokenizer))
+    return sorted(t for t in found if isinstance(t, int) and 0 <= t < rows and t not in end_tokens(whole, tokenizer))
 
 
 def _generate(
@@ -98,7 +98,7 @@ def _generate(
         raise ValueError("the tokenizer has no pad token (pad_token_id is None), which batched generation needs")
     settings = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_end_tokens(whole, tokenizer) or None,
+        eos_token_id=end_tokens(whole, tokenizer) or None,
         suppress_tokens=suppressed_tokens(model, processor) or None,
         use_cache=True,
         **options,
@@ -156,10 +156,13 @@ def _inputs(processor: Any, prompts: list[tuple[list, list]], device: torch.devi
         inputs = processor(text=texts, padding=True, return_tensors="pt", **images)
     finally:
         tokenizer.padding_side = side
-    return inputs.to(device, dtype)  # BatchFeature casts floating point entries only
+    from transformers import BatchFeature
+
+    # A bare tokenizer gives a BatchEncoding, which takes no dtype; BatchFeature casts floating point entries only.
+    return BatchFeature(dict(inputs)).to(device, dtype)
 
 
-def _end_tokens(whole: Any, tokenizer: Any) -> list[int]:
+def end_tokens(whole: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: the model's own, and the tokenizer's."""
     own = getattr(getattr(whole, "generation_config", None), "eos_token_id", None)
     listed = list(own) if isinstance(own, (list, tuple)) else [own]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrlhf.batch import Layout
+from mmrlhf.batch import Layout, on_device
 from mmrlhf.models import attention
 from mmrlhf.models.parts import decoder
 
@@ -35,7 +35,7 @@ def read_rows(layout: Layout, device: torch.device) -> Tensor | None:
             at += length
     rows = torch.cat(pieces)
     few = rows.numel() <= _MOST * sum(layout.group_len)
-    return rows.to(device, non_blocking=True) if few else None
+    return on_device(rows, device) if few else None
 
 
 def install(model: nn.Module) -> bool:

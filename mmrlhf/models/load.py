@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmrlhf.models.parts import Head, base_model, image_token_ids, lm_head
 from mmrlhf.models.processors import has_torchvision, image_backend, processor_from_folder, read_json
@@ -104,11 +104,13 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False, revisio
     """The processor of a local folder or hub id; it saves and reloads like any other.
 
     Works with torchvision and without (images through PIL, videos as lists of frames where `frames` says so); raises
-    RuntimeError for a torchvision that is installed but broken, ValueError for a file that is not JSON (naming it), and
-    for code that would come from the hub unless `trust_remote_code`.
+    RuntimeError for a torchvision that is installed but broken, ValueError for a folder without any of its files, for a
+    file that is not JSON (naming it), and for code that would come from the hub unless `trust_remote_code`.
     """
     has_torchvision()
     folder = local_folder(path, trust_remote_code=trust_remote_code, revision=revision)
+    if not any((folder / file).is_file() for file in _PROCESSOR_FILES):
+        raise ValueError(f"{folder} is not a model folder: it has no config.json and no processor's files")
     for file in _PROCESSOR_FILES:
         read_json(folder / file)  # transformers' own error for a broken one does not name it
     if not trust_remote_code:
@@ -117,16 +119,19 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False, revisio
     return processor_from_folder(folder, trust_remote_code=trust_remote_code)
 
 
-def save_pretrained(model: Any, processor: Any, folder: str | Path) -> Path:
+def save_pretrained(
+    model: Any, processor: Any, folder: str | Path, *, state: Mapping[str, Tensor] | None = None
+) -> Path:
     """Save model (safetensors) and processor as an ordinary folder; returns it.
 
-    A PEFT model saves its adapter only, merged into nothing; `load_model` puts it back on its base model.
+    A PEFT model saves its adapter only, merged into nothing; `load_model` puts it back on its base model. `state`: the
+    weights by name, where the model has only a share of them (FSDP2).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
     if processor is not None:
         processor.save_pretrained(folder)
     return folder

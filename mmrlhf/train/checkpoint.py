@@ -1,29 +1,34 @@
 """Checkpoints that are whole or absent, at any kill point, and that cannot run code.
 
     checkpoints/step-00001200/   model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
+    of a model that is cut       model-00001-of-00008.safetensors  …  optimizer-00001-of-00008.safetensors  …
 
 All is written into `step-….tmp-<pid>`, each file synced; the manifest (sizes and sha256) comes last; then the folder is
 renamed and its parent synced. A folder counts only if its manifest is there and every file agrees with it, so a cut,
 flipped or missing byte makes `latest` take the one before, and say so. Numbers are JSON, tensors are safetensors;
 nothing is ever unpickled.
 
-Not covered: shards of one model on several machines.
+Each process writes its own rows of what is cut, and the manifest says where they begin; the first writes the rest. What
+is read back is a tensor or any rows of it, so the number of processes may change. They need one storage for all.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mmrlhf.train.distributed import World
 from mmrlhf.train.files import FileSystem, discard, json_bytes, safetensors_chunks
 
 SCHEMA = 1
@@ -32,6 +37,7 @@ MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_PART = re.compile(r"(\w+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 class CheckpointError(RuntimeError):
@@ -39,10 +45,74 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A process's rows [start, start + len(tensor)) of a tensor that has `total` along its first dimension."""
+
+    tensor: Tensor
+    start: int
+    total: int
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, on the CPU, read when they are asked for: whole, or some rows.
+
+    `files`: each file with {name: (first row, rows in all)} of what it has rows of. Raises CheckpointError where the
+    rows of a tensor do not make it whole.
+    """
+
+    def __init__(self, files: Mapping[Path, Mapping[str, Any]]):
+        from safetensors import safe_open
+
+        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # (first row, row after the last, its file's slice)
+        self._totals: dict[str, int | None] = {}
+        for path, rows in files.items():
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                part = file.get_slice(name)
+                start, total = rows.get(name, (0, None))
+                count = part.get_shape()[0] if total is not None else 0
+                self._pieces.setdefault(name, []).append((start, start + count, part))
+                if self._totals.setdefault(name, total) != total:
+                    raise CheckpointError(f"{path}: {name} is said to have {total} rows, and another number elsewhere")
+        for name, pieces in self._pieces.items():
+            pieces.sort(key=lambda piece: piece[:2])
+            ends = [0, *(stop for _, stop, _ in pieces)]
+            whole = [start for start, _, _ in pieces] == ends[:-1] and ends[-1] == (self._totals[name] or 0)
+            if not whole or (self._totals[name] is None and len(pieces) > 1):
+                raise CheckpointError(f"{path.parent}: the pieces of {name} do not make a whole")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        own, total = self._pieces[name][0][2].get_shape(), self._totals[name]
+        return tuple(own) if total is None else (total, *own[1:])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor; only they are read."""
+        if self._totals[name] is None:
+            return self._pieces[name][0][2][start:stop]
+        found = [
+            part[max(start - first, 0) : min(stop, last) - first]
+            for first, last, part in self._pieces[name]
+            if first < stop and start < last
+        ]
+        return torch.cat(found) if found else self._pieces[name][0][2][:0]
+
+    def __getitem__(self, name: str) -> Tensor:
+        total = self._totals[name]
+        return self._pieces[name][0][2][...] if total is None else self.rows(name, 0, total)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     path: Path
-    model: dict[str, Tensor]  # on the CPU
-    optimizer: dict[str, Tensor]  # see Optimizer.state
+    model: Tensors
+    optimizer: Tensors  # see Optimizer.state
     state: dict[str, Any]
 
 
@@ -57,46 +127,107 @@ def save(
     folder: Path,
     step: int,
     *,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    model: Mapping[str, Tensor | Rows],
+    optimizer: Mapping[str, Tensor | Rows],
     state: Mapping[str, Any],
     fs: FileSystem | None = None,
+    world: World | None = None,
 ) -> Path:
     """Write one checkpoint under `folder`; returns its path.
 
     Raises OSError if the disk fails, with everything half written removed and the older checkpoints as they were.
     A whole checkpoint of the same step is left as it is (replacing it would need a moment without it); a damaged one
-    makes room.
+    makes room. `world`: all its processes call, each with its own `Rows`, and all raise where one fails.
     """
-    fs = fs or FileSystem()
+    fs, world = fs or FileSystem(), world or World()
     target = folder / f"step-{step:08d}"
-    if target.exists() and verify(target) is None:
-        return target
+    there = world.first and target.exists() and verify(target) is None
     beside = folder / f"{target.name}.tmp-{os.getpid()}"
-    content: dict[str, Any] = {
-        MODEL: safetensors_chunks(model),
-        OPTIMIZER: safetensors_chunks(optimizer),
-        STATE: [json_bytes({"schema": SCHEMA, **state})],
-    }
+    there, beside = world.gather((there, beside))[0]
+    if there:
+        return target
     try:
-        fs.remove(beside)
-        beside.mkdir(parents=True)
-        files: dict[str, dict[str, Any]] = {}
-        for name, chunks in content.items():
-            size, digest = fs.write(beside / name, chunks)
-            fs.fsync(beside / name)
-            files[name] = {"bytes": size, "sha256": digest}
-        fs.write(beside / MANIFEST, [json_bytes({"schema": SCHEMA, "step": step, "files": files})])
-        fs.fsync(beside / MANIFEST)
-        fs.fsync(beside)
-        if target.exists():
-            fs.remove(target)
-        fs.rename(beside, target)
-        fs.fsync(folder)
+        if world.first:
+            _together(world, lambda: _empty(beside, fs))
+            files = _together(world, lambda: _write_parts(beside, model, optimizer, fs, world))
+            _together(world, lambda: _publish(beside, target, step, state, files, fs))
+        else:
+            _together(world, lambda: None)
+            _together(world, lambda: _write_parts(beside, model, optimizer, fs, world))
+            _together(world, lambda: None)
     except OSError:
-        discard(beside, fs)
+        if world.first:
+            discard(beside, fs)
         raise
     return target
+
+
+def _together(world: World, work: Callable[[], Any]) -> list[Any]:
+    """What `work` gave in every process. If it failed in one, all raise: an OSError that says why."""
+    found, failed = None, None
+    try:
+        found = work()
+    except OSError as error:
+        failed = error
+    outcomes = world.gather((found, None if failed is None else (failed.errno, str(failed))))
+    if failed is not None:
+        raise failed
+    for rank, (_, wrong) in enumerate(outcomes):
+        if wrong is not None:
+            raise OSError(wrong[0] or 0, f"process {rank}: {wrong[1]}")
+    return [each for each, _ in outcomes]
+
+
+def _empty(beside: Path, fs: FileSystem) -> None:
+    fs.remove(beside)
+    beside.mkdir(parents=True)
+
+
+def _write_parts(
+    beside: Path,
+    model: Mapping[str, Tensor | Rows],
+    optimizer: Mapping[str, Tensor | Rows],
+    fs: FileSystem,
+    world: World,
+) -> dict[str, dict[str, Any]]:
+    """This process's files, as the manifest lists them."""
+    files: dict[str, dict[str, Any]] = {}
+    for name, content in ((MODEL, model), (OPTIMIZER, optimizer)):
+        mine, rows = dict[str, Tensor](), dict[str, tuple[int, int]]()
+        for key, value in content.items():
+            if isinstance(value, Rows):
+                if value.tensor.shape[0]:
+                    mine[key], rows[key] = value.tensor, (value.start, value.total)
+            elif world.first:
+                mine[key] = value
+        if world.size > 1:
+            name = f"{name.removesuffix('.safetensors')}-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
+        size, digest = fs.write(beside / name, safetensors_chunks(mine))
+        fs.fsync(beside / name)
+        files[name] = {"bytes": size, "sha256": digest} | ({"rows": rows} if rows else {})
+    return files
+
+
+def _publish(
+    beside: Path, target: Path, step: int, state: Mapping[str, Any], parts: list[dict[str, Any]], fs: FileSystem
+) -> None:
+    """State and manifest beside the parts of all processes; then the folder gets its name."""
+    files = {name: facts for each in parts for name, facts in each.items()}
+    for name in files:
+        if not (beside / name).exists():
+            raise OSError(
+                errno.ENOENT, f"{name} was written by another process and is not in {beside}: they need one storage"
+            )
+    size, digest = fs.write(beside / STATE, [json_bytes({"schema": SCHEMA, **state})])
+    fs.fsync(beside / STATE)
+    files[STATE] = {"bytes": size, "sha256": digest}
+    fs.write(beside / MANIFEST, [json_bytes({"schema": SCHEMA, "step": step, "files": files})])
+    fs.fsync(beside / MANIFEST)
+    fs.fsync(beside)
+    if target.exists():
+        fs.remove(target)
+    fs.rename(beside, target)
+    fs.fsync(target.parent)
 
 
 def verify(path: Path, *, content: bool = True) -> str | None:
@@ -106,7 +237,7 @@ def verify(path: Path, *, content: bool = True) -> str | None:
         schema, files = manifest["schema"], dict(manifest["files"])
         if schema != SCHEMA:
             return f"its schema is {schema!r}; this version reads {SCHEMA}"
-        missing = sorted({MODEL, OPTIMIZER, STATE} - set(files))
+        missing = sorted(_expected(files) - set(files))
         if missing:
             return f"{MANIFEST} does not list {missing[0]}"
         for name, expected in files.items():
@@ -124,6 +255,15 @@ def verify(path: Path, *, content: bool = True) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is damaged: {error!r}"
     return None
+
+
+def _expected(files: Mapping[str, Any]) -> set[str]:
+    """What a checkpoint with some of these files must have: of one part of a set, the others."""
+    counts = {int(match[3]) for name in files if (match := _PART.fullmatch(name))}
+    if not counts:
+        return {MODEL, OPTIMIZER, STATE}
+    kinds = (name.removesuffix(".safetensors") for name in (MODEL, OPTIMIZER))
+    return {STATE} | {f"{k}-{i + 1:05d}-of-{n:05d}.safetensors" for k in kinds for n in counts for i in range(n)}
 
 
 def _sha256(path: Path) -> str:
@@ -159,22 +299,26 @@ def latest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, []
 
 
-def load(path: Path) -> Checkpoint:
-    """Read one checkpoint. Raises CheckpointError naming what is wrong with it."""
+def load(path: Path, *, verified: bool = False) -> Checkpoint:
+    """Read one checkpoint. Raises CheckpointError naming what is wrong with it. `verified`: only sizes are compared."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    reason = verify(path)
+    reason = verify(path, content=not verified)
     if reason is not None:
         raise CheckpointError(f"{path}: {reason}")
     try:
-        model, optimizer = load_file(path / MODEL), load_file(path / OPTIMIZER)
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        parts = []
+        for kind in (MODEL, OPTIMIZER):
+            stem = kind.removesuffix(".safetensors")
+            own = [name for name in files if name == kind or ((m := _PART.fullmatch(name)) and m[1] == stem)]
+            parts.append(Tensors({path / name: files[name].get("rows", {}) for name in own}))
         state = json.loads((path / STATE).read_bytes())
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if state.get("schema") != SCHEMA:
         raise CheckpointError(f"{path}: the schema of {STATE} is {state.get('schema')!r}; this version reads {SCHEMA}")
-    return Checkpoint(path, model, optimizer, state)
+    return Checkpoint(path, model=parts[0], optimizer=parts[1], state=state)
 
 
 def prune(folder: Path, *, keep_last: int, fs: FileSystem | None = None) -> list[Path]:

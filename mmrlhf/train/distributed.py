@@ -3,10 +3,8 @@
 A step's groups are dealt to the processes by length; the loss is normalised by the totals of the whole step, so the sum
 of the gradients is the gradient one process would have had, and every process takes the same AdamW step. The first
 process alone writes: run folder, checkpoints, metrics, samples, model. A process may have nothing to do in a step, and
-micro-batches need not be alike: the processes meet once a step, at the gradients.
-
-Not covered: sharded weights. A model too large for one device is trained with LoRA, or through the TRL drop-in under
-FSDP2 or DeepSpeed (`mmrlhf.integrations.trl`).
+micro-batches need not be alike: the processes meet once a step, at the gradients. With `shard: full` none of them
+keeps the whole model, and they meet at every layer: `shard`.
 """
 
 from __future__ import annotations
@@ -43,6 +41,9 @@ class World:
 
     def add_gradients(self, optimizer: Optimizer) -> None:
         """Every gradient becomes its sum over the processes; one that no process has stays None."""
+        if optimizer.sharded:
+            optimizer.take_shards()  # FSDP2 has summed them in the backward
+            return
         if self.size == 1:
             return
         stepped = list(optimizer.stepped.values())
@@ -60,6 +61,11 @@ class World:
             dist.all_reduce(flat)
             for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
+
+    def grad_norm(self, optimizer: Optimizer) -> Tensor:
+        """The norm of all gradients of the step, a 0-d float tensor; the same on every process."""
+        norm = optimizer.grad_norm()
+        return self.sum(norm.double().square()).sqrt() if optimizer.sharded else norm
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over the processes."""
@@ -130,7 +136,7 @@ def join(device: torch.device) -> Iterator[World]:
     if dist.is_available() and dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size())
         return
-    if int(os.environ.get("WORLD_SIZE", "1") or "1") == 1:
+    if processes() == 1:
         yield World()
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -146,6 +152,13 @@ def join(device: torch.device) -> Iterator[World]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     yield World(dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()  # not after an error: the other processes may be waiting, and torchrun ends them
+
+
+def processes() -> int:
+    """How many processes this one belongs to: those of the process group, or of WORLD_SIZE; 1 alone."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1") or "1")
 
 
 def local_device(kind: str) -> torch.device:

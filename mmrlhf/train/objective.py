@@ -1,7 +1,8 @@
 """From hidden rows to the loss of a micro-batch, and from micro-batches to the numbers of a step.
 
-`Objective` picks beta as the settings say and calls the one fused op. `Tally` adds the numbers of a step's
-micro-batches on the device and moves them to the host once, so a step costs one synchronisation, not one a number.
+`Objective` picks beta as the settings say and calls the one fused op; another one (a reward model's) overrides what it
+does differently, from how groups are encoded to what is saved. `Tally` adds the numbers of a step's micro-batches on
+the device and moves them to the host once, so a step costs one synchronisation, not one a number.
 Losses whose pairs are coupled (bco_pair, beta_mode implicit) see a micro-batch at a time, so there the cut of a step
 does matter.
 """
@@ -9,8 +10,9 @@ does matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,9 @@ from torch import Tensor
 from mmrlhf import ops
 from mmrlhf.batch import GroupBatch
 from mmrlhf.config import LossConfig
+from mmrlhf.data.collate import Encoder
 from mmrlhf.data.schema import PreferenceGroup
+from mmrlhf.models import load
 from mmrlhf.ops.reference import Beta
 from mmrlhf.train.distributed import World
 
@@ -42,6 +46,8 @@ class Totals:
 
 class Objective:
     """The loss of one micro-batch, normalised by the totals of its whole optimiser step."""
+
+    encoder: Callable[..., Encoder] = Encoder  # with the arguments of `data.collate.Encoder`
 
     def __init__(self, settings: LossConfig, *, backend: str | None = None):
         self.settings, self.backend = settings, backend
@@ -114,11 +120,32 @@ class Objective:
                         "pair a margin, or set loss.beta_mode to fixed"
                     )
 
+    def groups(self, groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
+        """The groups to train on, of those that the data has."""
+        return groups
+
+    def batch(self, batch: GroupBatch, dataset: Any, indices: Sequence[int]) -> GroupBatch:
+        """The batch of these groups with all that the loss reads of it; on the CPU."""
+        return batch
+
+    def attach(self, model: Any) -> None:
+        """Give the model what is trained besides its own weights; before the optimiser is made."""
+
+    def tally(self, totals: Totals, *, tokens_per_batch: int) -> Tally:
+        return Tally(totals, tokens_per_batch=tokens_per_batch)
+
+    def save(self, model: Any, processor: Any, folder: Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the trained model into an empty folder. `state`: its weights, where it has only a share of them."""
+        load.save_pretrained(model, processor, folder, state=state)
+
 
 class Tally:
     """The sums of a step: device numbers stay there until `read`."""
 
-    SUMS = ("loss", "chosen", "rejected", "margins", "accuracies", "logps_chosen", "logps_rejected", "beta", "sft")
+    SUMS: tuple[str, ...] = (
+        *("loss", "chosen", "rejected", "margins", "accuracies"),
+        *("logps_chosen", "logps_rejected", "beta", "sft"),
+    )
 
     def __init__(self, totals: Totals, *, tokens_per_batch: int) -> None:
         self.totals, self.tokens_per_batch = totals, tokens_per_batch
@@ -129,9 +156,20 @@ class Tally:
 
     def add(self, out: Any, batch: GroupBatch) -> None:
         """One micro-batch; its loss is normalised by the step's totals already, so losses add up."""
+        self._sums.append(torch.stack([value.detach().double() for value in self._sums_of(out, batch)]))
+        least, most = self._range_of(out)
+        self._extremes.append(torch.stack((least, -most)).detach().double())
+        self._ids.extend(batch.ids)
+        self.batches += 1
+        self.tokens += batch.num_tokens
+        self.scored += batch.num_scored
+        self.images += sum(batch.images_per_group)
+
+    def _sums_of(self, out: Any, batch: GroupBatch) -> tuple[Tensor, ...]:
+        """The numbers of SUMS."""
         better, worse = batch.pairs[:, 0], batch.pairs[:, 1]
         totals = ops.sequence_score(out.logp, batch.cu_seqlens)  # [R] nats, every token weighing 1
-        sums = (
+        return (
             out.loss.detach(),
             out.rewards[better].sum(),
             out.rewards[worse].sum(),
@@ -142,13 +180,27 @@ class Tally:
             out.beta.sum(),
             out.sft_loss,
         )
-        self._sums.append(torch.stack([value.detach().double() for value in sums]))
-        self._extremes.append(torch.stack((out.beta.min(), -out.beta.max())).double())
-        self._ids.extend(batch.ids)
-        self.batches += 1
-        self.tokens += batch.num_tokens
-        self.scored += batch.num_scored
-        self.images += sum(batch.images_per_group)
+
+    def _range_of(self, out: Any) -> tuple[Tensor, Tensor]:
+        """A least and a largest value, of beta."""
+        return out.beta.min(), out.beta.max()
+
+    def _named(self, total: dict[str, float], least: float, most: float) -> dict[str, float]:
+        """The sums and the range under the names of TRL's log."""
+        mean = {name: value / self.totals.pairs for name, value in total.items()}
+        return {
+            "loss": total["loss"],
+            "rewards/chosen": mean["chosen"],
+            "rewards/rejected": mean["rejected"],
+            "rewards/margins": mean["margins"],
+            "rewards/accuracies": mean["accuracies"],
+            "logps/chosen": mean["logps_chosen"],
+            "logps/rejected": mean["logps_rejected"],
+            "beta/mean": mean["beta"],
+            "beta/min": least,
+            "beta/max": most,
+            "sft_loss": total["sft"],
+        }
 
     def counts(self) -> dict[str, float]:
         return {
@@ -177,20 +229,6 @@ class Tally:
             lowest = torch.stack(self._extremes).amin(0).to(norm.device)
         values = torch.cat((world.sum(torch.cat((sums, counts))), world.minimum(lowest), norm)).tolist()
         total = dict(zip(self.SUMS, values, strict=False))
-        *counted, beta_min, beta_max, norm_value = values[len(self.SUMS) :]
+        *counted, least, most, norm_value = values[len(self.SUMS) :]
         self.batches, self.tokens, self.scored, self.images = map(int, counted)
-        mean = {name: value / self.totals.pairs for name, value in total.items()}
-        return {
-            "loss": total["loss"],
-            "rewards/chosen": mean["chosen"],
-            "rewards/rejected": mean["rejected"],
-            "rewards/margins": mean["margins"],
-            "rewards/accuracies": mean["accuracies"],
-            "logps/chosen": mean["logps_chosen"],
-            "logps/rejected": mean["logps_rejected"],
-            "beta/mean": mean["beta"],
-            "beta/min": beta_min,
-            "beta/max": -beta_max,
-            "sft_loss": total["sft"],
-            "grad_norm": norm_value,
-        }
+        return self._named(total, least, -most) | {"grad_norm": norm_value}

@@ -3,7 +3,8 @@
 A bfloat16 weight of 1.0 cannot move by less than 0.0039; at a learning rate of 5e-7 nothing would ever change. So every
 trained weight that is not float32 gets a float32 master copy: its gradients are added up in float32 (across
 micro-batches too), AdamW steps the master, and the model's weight is the master rounded. 16 bytes a trained weight, as
-with float32 weights under autocast, but the model runs in plain bfloat16 without casts.
+with float32 weights under autocast, but the model runs in plain bfloat16 without casts. Of a sharded model (`shard`)
+AdamW steps this process's rows, in float32 already: they are the masters, and FSDP2 gathers them rounded.
 
 Not covered: float16, which would need loss scaling.
 """
@@ -11,22 +12,34 @@ Not covered: float16, which would need loss scaling.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmrlhf.config import OptimConfig
+from mmrlhf.ops.sharded import is_dtensor, local_rows
 
 MASTER = "master"  # the name of a master copy beside AdamW's own state
 
 
 class Optimizer:
-    """AdamW with master copies where needed. `named` are the trained parameters, a tied one once."""
+    """AdamW with master copies where needed. `named` are the trained parameters, a tied one once.
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], settings: OptimConfig):
+    `rounded`: names of sharded parameters whose float32 rows are gathered as bfloat16.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        settings: OptimConfig,
+        *,
+        rounded: Collection[str] = (),
+    ):
         self.named = {name: parameter for name, parameter in named if parameter.requires_grad}
+        self.rounded = frozenset(rounded)
+        self.sharded = any(map(is_dtensor, self.named.values()))
         if not self.named:
             raise ValueError("nothing to train: every parameter is frozen")
         for name, parameter in self.named.items():
@@ -50,7 +63,10 @@ class Optimizer:
         )
 
     def _stepped(self, parameter: nn.Parameter) -> Tensor:
-        """What AdamW steps: the parameter, or its float32 master, which takes over each gradient as it is made."""
+        """What AdamW steps: the parameter, or its float32 master, which takes over each gradient as it is made; of a
+        sharded one this process's rows, the same storage as a plain tensor."""
+        if is_dtensor(parameter):
+            return local_rows(parameter).requires_grad_()
         if parameter.dtype != torch.bfloat16:
             return parameter
         master = parameter.detach().to(torch.float32).requires_grad_()
@@ -68,6 +84,12 @@ class Optimizer:
         self.zero_grad()
         for hook in self._hooks:
             hook.remove()
+
+    def take_shards(self) -> None:
+        """What FSDP2 left at sharded parameters becomes the gradients of the rows that are stepped."""
+        for name, parameter in self.named.items():
+            if is_dtensor(parameter) and parameter.grad is not None:
+                self.stepped[name].grad, parameter.grad = local_rows(parameter.grad), None
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
@@ -91,20 +113,24 @@ class Optimizer:
         self.adamw.step()
         with torch.no_grad():
             for name, parameter in self.named.items():
-                if self.stepped[name] is not parameter:
+                if self._has_master(name):
                     parameter.copy_(self.stepped[name])
 
+    def _has_master(self, name: str) -> bool:
+        """Whether a float32 master stands beside the weight; of sharded ones the rows are all there is."""
+        return not self.sharded and self.stepped[name] is not self.named[name]
+
     def state(self) -> dict[str, Tensor]:
-        """AdamW's moments and step counts, and the masters, flat: "<parameter>/<what>"."""
+        """AdamW's moments and step counts, and the masters, flat: "<parameter>/<what>"; if sharded the own rows."""
         flat: dict[str, Tensor] = {}
         for name, stepped in self.stepped.items():
             for key, value in self.adamw.state.get(stepped, {}).items():
                 flat[f"{name}/{key}"] = value
-            if stepped is not self.named[name]:
+            if self._has_master(name) or name in self.rounded:
                 flat[f"{name}/{MASTER}"] = stepped.detach()
         return flat
 
-    def load_state(self, flat: dict[str, Tensor]) -> None:
+    def load_state(self, flat: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises ValueError if it belongs to other parameters."""
         owners: dict[str, dict[str, Tensor]] = {}
         for key, value in flat.items():

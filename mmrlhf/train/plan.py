@@ -5,6 +5,8 @@ a skeleton (its config, no weights), made trainable by the run's own code; what 
 counted by sending the largest batch through it without computing (`models.footprint`). The rest is arithmetic over
 weights, gradients, AdamW's moments, float32 masters, the loss's exponentials and the vision tower (by formula).
 
+With `shard: full` they are those of one of WORLD_SIZE processes, which the environment names; none has to be there.
+
 Live bytes, not what the allocator reserves: leave 10-20% of a GPU free. Not covered: a reference model of its own
 (there is none: the policy scores it before it changes), the answers written before and after, workers' memory.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,9 @@ from mmrlhf.config import TrainConfig
 from mmrlhf.data.collate import collate
 from mmrlhf.models import footprint, load
 from mmrlhf.ops.linear_logp import MEMORY_BUDGET
-from mmrlhf.train import setup
+from mmrlhf.train import distributed, setup, shard
+from mmrlhf.train.distributed import World
+from mmrlhf.train.objective import Objective
 from mmrlhf.train.run import RunFolder
 
 
@@ -59,19 +63,32 @@ class Memory:
     head: int  # the rest of the loss: gradients of hidden and head in float32
     vision: tuple[int, int]  # kept for the backward; in use while the tower runs
     accumulates: bool  # whether the gradients of an earlier micro-batch of the step are there
+    cut: Cut | None = None  # what comes to it where weights, masters, moments and gradients are one process's share
 
     def peak(self, *, checkpointing: bool) -> int:
-        """The largest of four moments: tower, loss, backward, update."""
+        """The largest of a few moments: tower, loss, backward, the last gradients' sum, update."""
+        cut = self.cut or Cut(waiting=self.gradients)
         held = self.weights + self.masters + self.moments
-        before = held + (self.gradients if self.accumulates else 0)
+        before = held + cut.gathered + (cut.waiting if self.accumulates else 0)
         kept = self.activations[checkpointing] + self.vision[0]
         head_gradient = 0 if self.accumulates else self.head
         return max(
             before + self.vision[1],
             before + kept + self.exponentials + self.head,
-            before + kept + self.working + head_gradient,
+            before + kept + self.working + head_gradient + cut.passing,
+            before + self.gradients + cut.last if self.cut else 0,
             held + self.gradients + self.working,
         )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Bytes that a sharded model needs whole for a while; see `shard`."""
+
+    gathered: int = 0  # weights: all but the blocks, and three of the largest (in use, on its way, in one piece)
+    waiting: int = 0  # gradients of earlier micro-batches of a step, not yet summed over the processes
+    passing: int = 0  # gradients in the backward: of all but the blocks, and a block's twice, on their way
+    last: int = 0  # those of all but the blocks, twice
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,7 @@ class RunPlan:
     device: str
     available: int | None  # bytes free on the device
     checkpointing: bool  # as the settings say
+    processes: int = 1
 
     @property
     def peak(self) -> int:
@@ -111,10 +129,15 @@ class RunPlan:
         chosen = (" *", "") if not self.checkpointing else ("", " *")
         lines += ["", f"{'memory on ' + self.device:<36}{'all kept' + chosen[0]:>16}{'checkpointing' + chosen[1]:>18}"]
         for name, size in (
-            ("weights", m.weights),
+            (f"weights, 1/{self.processes}" if m.cut else "weights", m.weights),
             ("float32 masters", m.masters),
             ("AdamW's moments", m.moments),
             ("gradients", m.gradients),
+            *(
+                (("weights, gathered", m.cut.gathered), ("gradients, not yet cut", _whole_gradients(m)))
+                if m.cut
+                else ()
+            ),
             ("activations", m.activations),
             ("backward of one layer", m.working),
             ("exponentials of the loss", m.exponentials),
@@ -137,15 +160,20 @@ def plan(settings: TrainConfig) -> RunPlan:
 
     Raises ValueError and BadRow for settings and data as `loop.train` does before its first step.
     """
-    setup.single_process("--plan")
+    shard.check(settings)
+    if settings.shard == "none":
+        setup.single_process("--plan")
+    size = distributed.processes()
+    setup.check_objective(settings, None)
     wanted = settings.model
     if not wanted.path:
         raise ValueError("model.path must name a local folder or a hub id")
     device = setup.pick_device(settings.device)
     options: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code, "revision": wanted.revision}
     dataset = setup.read_data(settings, load.load_processor(wanted.path, **options))
-    steps = setup.Plan(dataset.lengths, settings)
-    first, later = _largest(dataset.lengths, steps)
+    Objective(settings.loss).check_groups(dataset.groups, settings.data.pairs)
+    shares = [setup.Plan(dataset.lengths, settings, World(rank, size)) for rank in range(size)]
+    first, later = _largest(dataset.lengths, shares)
     model = footprint.skeleton(wanted.path, dtype=wanted.dtype, **options)
     # Checkpointing hides from the count what it keeps, so it is left off here and reckoned with afterwards.
     bare = dataclasses.replace(settings, model=dataclasses.replace(wanted, gradient_checkpointing=False))
@@ -154,13 +182,17 @@ def plan(settings: TrainConfig) -> RunPlan:
     shared = setup.prefix_sharing(model, settings, run)
     model = setup.make_trainable(model, bare, run)
     found = [
-        _memory(model, collate([dataset[index] for index in part]), shared=shared, accumulates=part is later)
+        _memory(
+            *(model, collate([dataset[index] for index in part]), settings, size),
+            shared=shared,
+            accumulates=part is later,
+        )
         for part in (first, later)
         if part
     ]
     facts = run.facts["model"]
     return RunPlan(
-        batches=_batches(dataset, steps, settings, shared=shared),
+        batches=_batches(dataset, shares, settings, shared=shared),
         memory=max(found, key=lambda memory: memory.peak(checkpointing=wanted.gradient_checkpointing)),
         model=facts["class"],
         parameters=facts["parameters"],
@@ -169,11 +201,14 @@ def plan(settings: TrainConfig) -> RunPlan:
         device=str(device),
         available=_available(device),
         checkpointing=wanted.gradient_checkpointing,
+        processes=size,
     )
 
 
-def _largest(lengths: Sequence[int], steps: setup.Plan) -> tuple[list[int], list[int]]:
+def _largest(lengths: Sequence[int], shares: Sequence[setup.Plan]) -> tuple[list[int], list[int]]:
     """The largest micro-batch that comes first in its step, and the largest that finds gradients there (or none).
+
+    `shares`: the steps of each process.
 
     Raises ValueError for a run without steps.
     """
@@ -181,28 +216,27 @@ def _largest(lengths: Sequence[int], steps: setup.Plan) -> tuple[list[int], list
     def tokens(part: Sequence[int]) -> int:
         return sum(lengths[index] for index in part)
 
-    if steps.total == 0:
+    if shares[0].total == 0:
         raise ValueError("there is nothing to plan: max_steps is 0")
-    first = max((steps[step][0] for step in range(steps.total)), key=tokens)
-    later = max((part for step in range(steps.total) for part in steps[step][1:]), key=tokens, default=[])
+    everything = [steps[step] for steps in shares for step in range(steps.total)]
+    first = max((parts[0] for parts in everything), key=tokens)
+    later = max((part for parts in everything for part in parts[1:]), key=tokens, default=[])
     return first, later
 
 
-def _batches(dataset: Any, steps: setup.Plan, settings: TrainConfig, *, shared: bool) -> Batches:
-    lengths = dataset.lengths
+def _batches(dataset: Any, shares: Sequence[setup.Plan], settings: TrainConfig, *, shared: bool) -> Batches:
+    lengths, steps = dataset.lengths, shares[0]
     media = [len(group.images) + len(group.videos) for group in dataset.groups]
-    sizes, images, most = [], 0, 0
-    for step in range(steps.total):
-        most = max(most, len(steps[step]))
-        for part in steps[step]:
-            sizes.append(sum(lengths[index] for index in part))
-            images += sum(media[index] for index in part)
-    shares = [size / settings.tokens_per_batch for size in sizes]
+    parts = [part for plan in shares for step in range(plan.total) for part in plan[step][: plan.own(step)]]
+    sizes = [sum(lengths[index] for index in part) for part in parts]
+    images = sum(media[index] for part in parts for index in part)
+    most = max(len(steps[step]) for step in range(steps.total))
+    filled = [size / settings.tokens_per_batch for size in sizes]
     tokens = sum(sizes)
     if not shared:  # a prefix for each response
         encoded = [dataset[index] for index in range(len(dataset))]
         extra = [(len(each.response_ids) - 1) * each.prefix_ids.numel() for each in encoded]
-        tokens += sum(extra[index] for step in range(steps.total) for part in steps[step] for index in part)
+        tokens += sum(extra[index] for part in parts for index in part)
     return Batches(
         groups=len(dataset),
         steps=steps.total,
@@ -213,12 +247,14 @@ def _batches(dataset: Any, steps: setup.Plan, settings: TrainConfig, *, shared: 
         pairs=sum(dataset.num_pairs(index) for index in range(len(dataset))),
         images=images,
         largest=max(sizes),
-        utilization=(min(shares), sum(shares) / len(shares), max(shares)),
+        utilization=(min(filled), sum(filled) / len(filled), max(filled)),
         dropped=len(dataset.dropped),
     )
 
 
-def _memory(model: Any, batch: GroupBatch, *, shared: bool, accumulates: bool) -> Memory:
+def _memory(
+    model: Any, batch: GroupBatch, settings: TrainConfig, size: int, *, shared: bool, accumulates: bool
+) -> Memory:
     """Of one micro-batch; `model` is a skeleton, made trainable."""
     layout = layout_of(batch) if shared else _apart(layout_of(batch))
     found = footprint.activations(model, layout)
@@ -236,8 +272,8 @@ def _memory(model: Any, batch: GroupBatch, *, shared: bool, accumulates: bool) -
             exponentials = MEMORY_BUDGET
     if head.weight.requires_grad:
         head_bytes += 4 * vocabulary * width
-    return Memory(
-        weights=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+    alone = Memory(
+        weights=_bytes_of((*model.parameters(), *model.buffers())),
         masters=sum(4 * p.numel() for p in trained if p.dtype != torch.float32),
         moments=8 * numbers,
         gradients=4 * numbers,
@@ -248,6 +284,47 @@ def _memory(model: Any, batch: GroupBatch, *, shared: bool, accumulates: bool) -
         vision=footprint.vision(model, batch.vision, batch.input_ids),
         accumulates=accumulates,
     )
+    return alone if settings.shard == "none" else _cut(alone, model, settings, size)
+
+
+def _cut(alone: Memory, model: Any, settings: TrainConfig, size: int) -> Memory:
+    """The same on one of `size` processes that share the model."""
+    whole = {id(p) for p in shard.whole_parameters(model)}
+    kept = [p for p in model.parameters() if id(p) in whole]
+    blocks = [[p for p in block.parameters() if id(p) not in whole] for block in shard.blocks(model)]
+    inside = {id(p) for block in blocks for p in block}
+    rest = [p for p in model.parameters() if id(p) not in whole | inside]
+    largest = max(blocks, key=_bytes_of)
+
+    def trained(parameters: Sequence[Any], *, each: int | None = None) -> int:
+        """Bytes of their gradients, in the dtype they are made in, or `each`."""
+        return sum(p.numel() * (each or p.element_size()) for p in parameters if p.requires_grad)
+
+    everything = [*rest, *(p for block in blocks for p in block)]
+    rows = trained(everything, each=4) + _bytes_of([p for p in everything if not p.requires_grad])
+    return dataclasses.replace(
+        alone,
+        weights=_bytes_of((*kept, *model.buffers())) + -(-rows // size),
+        masters=0,  # the rows are
+        moments=-(-alone.moments // size),
+        gradients=-(-alone.gradients // size),
+        cut=Cut(
+            gathered=_bytes_of(rest) + 3 * _bytes_of(largest),
+            waiting=-(-alone.gradients // size) if settings.sync_each_batch else alone.gradients,
+            passing=trained(rest) + trained(largest) + trained(largest, each=4),
+            last=trained(rest) + trained(rest, each=4),
+        ),
+    )
+
+
+def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _whole_gradients(memory: Memory) -> int:
+    """Bytes of gradients that a sharded run holds whole at its worst."""
+    assert memory.cut is not None
+    return (memory.cut.waiting if memory.accumulates else 0) + max(memory.cut.passing, memory.cut.last)
 
 
 def _apart(layout: Layout) -> Layout:

@@ -14,7 +14,7 @@ from typing import Any
 from mmrlhf.batch import GroupBatch
 from mmrlhf.config import TrainConfig
 from mmrlhf.models import liger
-from mmrlhf.train import resume, setup
+from mmrlhf.train import resume, setup, shard
 from mmrlhf.train.distributed import World
 from mmrlhf.train.objective import Objective
 from mmrlhf.train.optim import Optimizer
@@ -24,6 +24,7 @@ from mmrlhf.train.resume import Progress
 from mmrlhf.train.run import RunFolder
 from mmrlhf.train.samples import Samples
 from mmrlhf.train.scoring import Keep, reference_scores
+from mmrlhf.train.shard import Shards
 from mmrlhf.train.state import seed_everything, text_fingerprint
 from mmrlhf.train.vision_cache import Batches, features_frozen, open_cache
 
@@ -45,15 +46,24 @@ class Ready:
     share_prefix: bool
     hashes: dict[str, str]  # of the data and of where the run started
     world: World
+    shards: Shards
 
 
 def prepare(
-    settings: TrainConfig, run: RunFolder, preemption: Preemption, world: World, model: Any, processor: Any
+    settings: TrainConfig,
+    run: RunFolder,
+    preemption: Preemption,
+    world: World,
+    model: Any,
+    processor: Any,
+    given: Objective | None = None,
 ) -> Ready:
     """Everything up to the first step, or the step after the newest checkpoint. Raises as `loop.train` does."""
-    found = resume.find(run, settings)
+    found = resume.find(run, settings, world)
     seed_everything(settings.seed)
+    objective = given or Objective(settings.loss, backend=settings.backend)
     rows = setup.read_rows(settings)
+    rows.groups = objective.groups(rows.groups)
     preemption.check()
     model, processor = setup.load_model(settings, model, processor)
     setup.refuse_float16(model, settings)
@@ -61,10 +71,9 @@ def prepare(
     if cache is not None:
         run.facts["vision_cache"] = {"folder": str(cache.place), "key": cache.key, "bytes_before": cache.used}
     preemption.check()
-    dataset = setup.read_data(settings, processor, run, rows=rows)
+    dataset = setup.read_data(settings, processor, run, rows=rows, encoder=objective.encoder)
     preemption.check()
     share_prefix = setup.prefix_sharing(model, settings, run)
-    objective = Objective(settings.loss, backend=settings.backend)
     objective.check_groups(dataset.groups, settings.data.pairs)
     batches = Batches(dataset, apart=features_frozen(model, settings), cache=cache)
     key = _reference_key(model, settings, share_prefix=share_prefix, apart=batches.apart)
@@ -95,20 +104,22 @@ def prepare(
         samples.before(model, processor, keep=found is not None)
 
     def make_batch(indices: Sequence[int]) -> GroupBatch:
-        batch = batches(indices)
+        batch = objective.batch(batches(indices), dataset, indices)
         return batch if reference is None else reference.attach(batch, indices)
 
     model = setup.make_trainable(model, settings, run)
+    objective.attach(model)
     world.spread_weights(model)
     plan = setup.Plan(dataset.lengths, settings, world)
     setup.self_check(model, make_batch(plan.whole(0)[0]), settings, run)
-    optimizer = Optimizer(model.named_parameters(), settings.optim)
+    shards = shard.shard(model, settings, world, shard.picture_kinds(dataset) if settings.shard != "none" else ())
+    optimizer = Optimizer(model.named_parameters(), settings.optim, rounded=shards.rounded)
     progress = resume.restore(found, model, optimizer, settings, world)
     run.facts.update(steps_per_epoch=plan.steps_per_epoch, total_steps=plan.total, processes=world.size)
     run.write()
     return Ready(
         *(model, processor, dataset, plan, objective, optimizer, progress, samples),
-        *(make_batch, batches.keep, share_prefix, hashes, world),
+        *(make_batch, batches.keep, share_prefix, hashes, world, shards),
     )
 
 
@@ -121,6 +132,7 @@ def _reference_key(model: Any, settings: TrainConfig, *, share_prefix: bool, apa
 def cache_only(settings: TrainConfig) -> Path:
     """`mmrlhf reference`: compute and keep the reference of a recipe, and nothing else. Returns its folder."""
     setup.single_process("mmrlhf reference")
+    setup.check_objective(settings, None)
     setup.check_paths(settings)
     rows = setup.read_rows(settings)
     model, processor = setup.load_model(settings, None, None)

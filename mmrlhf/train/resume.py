@@ -1,8 +1,9 @@
 """Going on where a run stopped: what is saved, what is compared, and what is put back.
 
-A checkpoint has the weights (LoRA: the adapters alone), AdamW's state, and in state.json the number of steps done,
-the counters, every random generator, the settings, and hashes of the data and of the starting weights. The order of the
-data follows from the seed and the step. Resuming with other settings, data or starting weights is refused with a list
+A checkpoint has the weights (LoRA: the adapters alone), AdamW's state (both whole, or in the rows of each process; what
+one kind of run wrote the other reads), and in state.json the number of steps done, the counters, every random
+generator, the settings, and hashes of the data and of the starting weights. The order of the data follows from the
+seed and the step. Resuming with other settings, data or starting weights is refused with a list
 of what differs, unless `resume_changed` says otherwise.
 """
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mmrlhf.config import TrainConfig
-from mmrlhf.train import checkpoint
-from mmrlhf.train.checkpoint import Checkpoint
+from mmrlhf.ops.sharded import is_dtensor, local_rows
+from mmrlhf.train import checkpoint, shard
+from mmrlhf.train.checkpoint import Checkpoint, Rows, Tensors
 from mmrlhf.train.distributed import World
 from mmrlhf.train.optim import Optimizer
 from mmrlhf.train.run import RunFolder
@@ -46,8 +48,10 @@ class Progress:
         self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
 
 
-def find(run: RunFolder, settings: TrainConfig) -> Checkpoint | None:
+def find(run: RunFolder, settings: TrainConfig, world: World) -> Checkpoint | None:
     """The newest whole checkpoint of the run folder, or None where a run is to start.
+
+    Of several processes the first reads every byte to know which one is whole; the others take its word.
 
     Raises CheckpointError if there are checkpoints and none is whole, ValueError if there is one and `resume` is off.
     """
@@ -57,12 +61,13 @@ def find(run: RunFolder, settings: TrainConfig) -> Checkpoint | None:
                 f"resume is false, but {run.path} already has checkpoints: choose another output, or remove them"
             )
         return None
-    path, skipped = checkpoint.latest(run.checkpoints)
+    path, skipped = checkpoint.latest(run.checkpoints) if world.first else (None, [])
     for each, reason in skipped:
         run.note(f"checkpoint {each.name} is skipped: {reason}")
+    path = world.gather(path)[0]
     if path is None:
         return None
-    found = checkpoint.load(path)
+    found = checkpoint.load(path, verified=True)
     run.facts["resumed_from"] = path.name
     run.note(f"resuming from {path.name}")
     return found
@@ -101,19 +106,25 @@ def restore(
     if found is None:
         seed_everything(settings.seed + world.rank)
         return Progress()
+    stored, ranges = found.model, {}
     saved = saved_tensors(model, adapters_only=settings.lora.enabled)
-    if set(saved) != set(found.model):
-        odd = sorted(set(saved) ^ set(found.model))
+    if set(saved) != set(stored):
+        odd = sorted(set(saved) ^ set(stored))
         raise ValueError(f"{found.path} does not fit the model: {len(odd)} tensors differ, for example {odd[0]}")
     with torch.no_grad():
         for name, tensor in saved.items():
-            if tensor.shape != found.model[name].shape:
+            if tuple(tensor.shape) != stored.shape(name):
                 raise ValueError(
-                    f"{found.path} does not fit the model: {name} is {tuple(found.model[name].shape)} there and "
+                    f"{found.path} does not fit the model: {name} is {stored.shape(name)} there and "
                     f"{tuple(tensor.shape)} here"
                 )
-            tensor.copy_(found.model[name])
-    optimizer.load_state(found.optimizer)
+            if is_dtensor(tensor):
+                local, (start, _) = local_rows(tensor), shard.row_range(tensor)
+                ranges[name] = (start, start + local.shape[0])
+                local.copy_(stored.rows(name, *ranges[name]))
+            else:
+                tensor.copy_(stored[name])
+    optimizer.load_state({key: _own(found.optimizer, key, ranges) for key in found.optimizer})
     progress = Progress(**found.state["progress"])
     generators = found.state["rng"]
     if len(generators) == world.size:
@@ -121,6 +132,12 @@ def restore(
     else:  # `resume_changed`, see `check_same`
         seed_everything(settings.seed + world.rank + world.size * progress.step)
     return progress
+
+
+def _own(stored: Tensors, key: str, ranges: Mapping[str, tuple[int, int]]) -> Tensor:
+    """This process's part of AdamW's state: its rows of what has rows, all of a step count."""
+    own = ranges.get(key.rpartition("/")[0])
+    return stored[key] if own is None or not stored.shape(key) else stored.rows(key, *own)
 
 
 def saved_tensors(model: nn.Module, *, adapters_only: bool) -> dict[str, Tensor]:
@@ -135,20 +152,27 @@ def saved_tensors(model: nn.Module, *, adapters_only: bool) -> dict[str, Tensor]
 def save(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:
     """Write a checkpoint of this moment, unless it has one, and drop the oldest. Raises OSError if the disk fails.
 
-    Of several processes the first writes; the others tell it where their random generators are.
+    Of several processes the first writes, and each its own rows of a model that is cut; all raise if one fails. The
+    others tell the first where their random generators are.
     """
-    progress = ready.progress
+    progress, world, shards = ready.progress, ready.world, ready.shards
     if progress.saved == progress.step:
         return
-    generators = ready.world.gather(rng_state())
-    if not ready.world.first:
+    generators = world.gather(rng_state())
+    if not world.first and shards.root is None:
         progress.saved = progress.step
         return
+    tensors = saved_tensors(ready.model, adapters_only=settings.lora.enabled)
+    ranges = {name: shard.row_range(tensor) for name, tensor in tensors.items() if is_dtensor(tensor)}
+    optimizer: dict[str, Tensor | Rows] = {}
+    for key, value in ready.optimizer.state().items():
+        own = ranges.get(key.rpartition("/")[0])
+        optimizer[key] = value if own is None or value.dim() == 0 else Rows(value, *own)
     checkpoint.save(
         run.checkpoints,
         progress.step,
-        model=saved_tensors(ready.model, adapters_only=settings.lora.enabled),
-        optimizer=ready.optimizer.state(),
+        model={name: shards.stored(name, tensor) for name, tensor in tensors.items()},
+        optimizer=optimizer,
         state={
             "progress": dataclasses.asdict(progress) | {"saved": progress.step},
             "rng": generators,
@@ -157,11 +181,13 @@ def save(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:
             "versions": versions(),
         },
         fs=run.fs,
+        world=world if shards.root is not None else None,
     )
     progress.saved = progress.step
     run.facts.update(steps=progress.step, skipped_steps=progress.skipped, tokens=progress.tokens)
     run.write()
-    checkpoint.prune(run.checkpoints, keep_last=settings.keep_last, fs=run.fs)
+    if world.first:
+        checkpoint.prune(run.checkpoints, keep_last=settings.keep_last, fs=run.fs)
 
 
 def save_or_warn(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:

@@ -40,9 +40,11 @@ class Samples:
         answers = self._answers(model, processor)
         self._write([self._line(i, group, answers[i]) for i, group in enumerate(self.groups)])
 
-    def after(self, model: Any, processor: Any) -> None:
-        """Answer with the trained model."""
+    def after(self, model: Any, processor: Any, *, write: bool = True) -> None:
+        """Answer with the trained model. All processes of a sharded one answer together, and one writes."""
         answers = self._answers(model, processor)
+        if not write:
+            return
         lines = self._read()
         self._write([{**line, "after": answer} for line, answer in zip(lines, answers, strict=True)])
 

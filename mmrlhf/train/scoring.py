@@ -7,7 +7,7 @@ to the last bit where they see the same batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,14 +26,22 @@ Keep = Callable[[GroupBatch, int, vision.VisionFeatures], None]  # `vision_cache
 
 
 def response_rows(
-    model: nn.Module, batch: GroupBatch, *, share_prefix: bool, keep: Keep | None = None
+    model: nn.Module,
+    batch: GroupBatch,
+    *,
+    share_prefix: bool,
+    keep: Keep | None = None,
+    touch: Sequence[str] | None = None,
 ) -> tuple[GroupBatch, Tensor]:
-    """(the batch on the model's device, hidden [N, H]); `batch` comes on the CPU, where its layout is read."""
+    """(the batch on the model's device, hidden [N, H]); `batch` comes on the CPU, where its layout is read.
+
+    `touch`: as for `vision.encode`.
+    """
     layout = layout_of(batch)
     batch = shared_prefix.prepare(model, batch).to(parts.parameter_device(model))
     # Under no_grad, or with everything before the decoder frozen, this records nothing for the backward.
     computed = functools.partial(keep, batch) if keep is not None else None
-    features = vision.encode(model, batch, grad=True, computed=computed)
+    features = vision.encode(model, batch, grad=True, computed=computed, touch=touch)
     hidden = shared_prefix.response_hidden(model, batch, vision=features, share_prefix=share_prefix, layout=layout)
     return batch, hidden
 

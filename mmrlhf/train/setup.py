@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,17 @@ import torch
 from torch import nn
 
 from mmrlhf.batch import GroupBatch
-from mmrlhf.config import TrainConfig
+from mmrlhf.config import REWARD_RECIPE, TrainConfig
 from mmrlhf.data import collate, packing, readers
 from mmrlhf.models import liger, load, parts, shared_prefix, vision
-from mmrlhf.train import distributed
+from mmrlhf.train import distributed, shard
 from mmrlhf.train.distributed import World
 from mmrlhf.train.run import RunFolder
 
 
 def single_process(what: str) -> None:
     """Raise ValueError under torchrun and its kin, for a command whose copies would do the same work side by side."""
-    size = int(os.environ.get("WORLD_SIZE", "1") or "1")
+    size = distributed.processes()
     if size > 1:
         raise ValueError(f"WORLD_SIZE is {size}, and {what} runs in one process: start it without torchrun")
 
@@ -57,6 +56,7 @@ def check_paths(settings: TrainConfig, model: Any = None, processor: Any = None)
     """
     wanted = settings.model
     device = pick_device(settings.device)
+    shard.check(settings)
     if wanted.liger:
         liger.check(device)
     if model is None or processor is None:
@@ -64,6 +64,13 @@ def check_paths(settings: TrainConfig, model: Any = None, processor: Any = None)
             raise ValueError("model.path must name a local folder or a hub id")
         load.named_folder(wanted.path, revision=wanted.revision)
     _check_data_path(settings.data.path)
+
+
+def check_objective(settings: TrainConfig, objective: object | None) -> None:
+    """ValueError for a recipe that is trained by another command: the loop would minimise something else."""
+    if (objective is not None) != (settings.recipe == REWARD_RECIPE):
+        right, wrong = ("train", "reward train") if objective is not None else ("reward train", "train")
+        raise ValueError(f"recipe {settings.recipe} is trained by `mmrlhf {right}`, not by `mmrlhf {wrong}`")
 
 
 def _check_data_path(path: str) -> None:
@@ -119,15 +126,20 @@ def read_rows(settings: TrainConfig) -> readers.GroupSet:
 
 
 def read_data(
-    settings: TrainConfig, processor: Any, run: RunFolder | None = None, *, rows: readers.GroupSet | None = None
+    settings: TrainConfig,
+    processor: Any,
+    run: RunFolder | None = None,
+    *,
+    rows: readers.GroupSet | None = None,
+    encoder: Callable[..., collate.Encoder] = collate.Encoder,
 ) -> collate.PreferenceDataset:
     """Encode, check and count the data. Raises BadRow or ValueError; run.json gets the counts and every dropped row.
 
-    `rows`: what `read_rows` gave, if it was asked already.
+    `rows`: what `read_rows` gave, if it was asked already. `encoder`: what makes tokens of a group.
     """
     wanted = settings.data
     found = read_rows(settings) if rows is None else rows
-    encoder = collate.Encoder(
+    encode = encoder(
         processor,
         root=found.root,
         pairs=wanted.pairs,  # type: ignore[arg-type]
@@ -136,9 +148,10 @@ def read_data(
         max_group_tokens=wanted.max_group_tokens,
         max_image_pixels=wanted.max_image_pixels,
         video_frames=wanted.video_frames,
+        looks=wanted.vision_cache or None,
     )
     dataset = collate.PreferenceDataset(
-        found.groups, encoder, on_bad_row=wanted.on_bad_row, max_bad_rows=wanted.max_bad_rows
+        found.groups, encode, on_bad_row=wanted.on_bad_row, max_bad_rows=wanted.max_bad_rows
     )
     if run is not None:
         run.facts["data"] = {
@@ -293,11 +306,13 @@ def self_check(model: Any, batch: GroupBatch, settings: TrainConfig, run: RunFol
     run.facts["self_check"] = dataclasses.asdict(found)
 
 
-def save_model(model: Any, processor: Any, run: RunFolder) -> None:
-    """`model/`: an ordinary folder (LoRA: the adapter), whole or the one before."""
+def save_model(
+    model: Any, processor: Any, run: RunFolder, *, write: Callable[[Any, Any, Path], object] = load.save_pretrained
+) -> None:
+    """`model/`: an ordinary folder (LoRA: the adapter), whole or the one before. `write` fills it."""
     target, beside, gone = (run.path / name for name in ("model", "model.tmp", "model.gone"))
     run.fs.remove(beside)
-    load.save_pretrained(model, processor, beside)
+    write(model, processor, beside)
     for file in sorted(beside.rglob("*")):
         if file.is_file():
             run.fs.fsync(file)
@@ -314,6 +329,8 @@ class Plan:
 
     A pure function of the settings, the seed, the lengths and the processes, so resuming needs the number of the step
     alone. `whole(step)`: the micro-batches that one process would have had, whose groups are everybody's.
+    Where the model is cut (`settings.shard`) every process has as many micro-batches in a step as the others; `own`
+    says how many of them count, the rest are fillers: the step's smallest group, computed and taken times 0.
     """
 
     def __init__(self, lengths: Sequence[int], settings: TrainConfig, world: World | None = None):
@@ -335,9 +352,23 @@ class Plan:
         whole = self.whole(step)
         if self.world.size == 1:
             return whole
+        hands = self._hands(whole)
+        mine = hands[self.world.rank]
+        if self.settings.shard == "none":
+            return mine
+        smallest = min((index for part in whole for index in part), key=lambda index: (self.lengths[index], index))
+        return mine + [[smallest]] * (max(map(len, hands)) - len(mine))
+
+    def own(self, step: int) -> int:
+        """How many of the micro-batches of `plan[step]` are no fillers."""
+        whole = self.whole(step)
+        return len(whole) if self.world.size == 1 else len(self._hands(whole)[self.world.rank])
+
+    def _hands(self, whole: list[list[int]]) -> list[list[list[int]]]:
+        """The micro-batches of every process."""
         groups = [index for part in whole for index in part]
-        mine = packing.deal(groups, self.lengths, self.world.size)[self.world.rank]
-        return packing.pack(mine, self.lengths, self.settings.tokens_per_batch)
+        hands = packing.deal(groups, self.lengths, self.world.size)
+        return [packing.pack(hand, self.lengths, self.settings.tokens_per_batch) for hand in hands]
 
     def _plan(self, epoch: int) -> list[list[list[int]]]:
         if epoch not in self._epochs:

@@ -94,6 +94,22 @@ def varlen_torch_2_10(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, return
     return varlen_model(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0) if is_causal else (-1, -1))
 
 
+def varlen_torch_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    """2.11's: grouped heads have no argument, and the kernel under it takes them."""
+    options = {"scale": scale, "window_size": window_size, "enable_gqa": True}
+    return varlen_model(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+
+def varlen_equal_heads(q, k, v, *arguments, return_aux=None, scale=None, window_size=(-1, -1)):
+    """The same if its kernel did not."""
+    assert q.shape[1] == k.shape[1]
+    return varlen_model(q, k, v, *arguments, scale=scale, window_size=window_size)
+
+
+def repeated(function, *tensors, **options):
+    return varlen._run_torch(function, *tensors, repeated=True, **options)
+
+
 def flash_model(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
     assert options["causal"]
     assert options["dropout_p"] == 0.0
@@ -130,7 +146,9 @@ def test_sdpa_per_sequence_equals_one_dense_mask(name, window, heads):
     ("launch", "function", "windows"),
     [
         (varlen._run_torch, varlen_model, (None, 1, 4)),
-        (varlen._run_torch, varlen_torch_2_10, (None,)),
+        (repeated, varlen_torch_2_10, (None,)),
+        (varlen._run_torch, varlen_torch_2_11, (None, 1, 4)),
+        (repeated, varlen_equal_heads, (None, 1, 4)),
         (varlen._run_flash, flash_model, (None, 1, 4)),
     ],
 )
@@ -182,7 +200,9 @@ def test_flex_attention_gives_the_values_of_the_dense_mask(window):
 def test_kernels_are_tried_in_order_and_each_is_tested(monkeypatch):
     """The first that is there and passes its self-test is taken; the others' reasons are told."""
     names = [name for name, _, _ in varlen.candidates(windowed=True)]
-    assert names == ["varlen_attn", "flash_attn", "flex_attention"]
+    assert [name for name in names if "repeated" not in name] == ["varlen_attn", "flash_attn", "flex_attention"]
+    monkeypatch.setattr(varlen, "_find", lambda module, name: (varlen_torch_2_11, ""))
+    assert [name for name, _, _ in varlen.candidates(windowed=True)][1] == "varlen_attn with repeated heads"
 
     def listed(*, windowed):
         yield "absent", None, "not available (no module)"

@@ -116,6 +116,16 @@ def test_sampling_is_seeded_and_scaled():
     assert cold == [[text, text] for text in greedy]
 
 
+def test_a_bare_tokenizer_gives_inputs_too():
+    """Its BatchEncoding takes no dtype, where a processor's BatchFeature does."""
+    _, processor = tiny_model("llava")
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = processor.chat_template
+    inputs = generate._inputs(tokenizer, [PROMPTS[1], PROMPTS[1]], torch.device("cpu"), torch.bfloat16)
+    assert inputs["input_ids"].shape[0] == 2
+    assert inputs["input_ids"].dtype == torch.int64
+
+
 def test_schema_messages_are_taken():
     model, processor = tiny_model("llava")
     message = Message("user", (Part("image"), Part("text", "what is in the image ?")))

@@ -276,6 +276,13 @@ def test_m03_broken_json_is_named(file, of, folder):
                 function(folder)
 
 
+def test_a_folder_without_a_model_is_named(tmp_path):
+    """A run reads the processor first, and transformers' own error speaks of "processing classes"."""
+    for function in (load.load_model, load.load_processor):
+        with pytest.raises(ValueError, match=rf"{tmp_path}.* not a model folder"):
+            function(tmp_path)
+
+
 def test_revision_of_a_local_folder_is_refused(folder):
     for function in (load.load_model, load.load_processor):
         with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,20 @@ def test_nothing_to_plan(world, tmp_path):
         plan(settings_for(tmp_path / "run", data))
 
 
+def test_data_that_the_loss_cannot_use_is_refused_as_by_training(world, tmp_path):
+    """A plan that fits, of a run that stops at its first group, would be worth nothing."""
+    model, _ = world
+    data = make_data(tmp_path / "plain", 6)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        for rank, response in enumerate(row["responses"], start=1):
+            response.pop("score", None)
+            response["rank"] = rank
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"loss\.beta_mode is margin, but its responses 0 and 1 have no reward"):
+        plan(settings_for(tmp_path / "run", data, *WORDS, "loss.beta_mode=margin", model=model))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_counted(family, tmp_path):
     """More responses on one prefix keep more, but far less than prefixes of their own."""
@@ -112,3 +127,9 @@ def test_every_family_is_counted(family, tmp_path):
         for layout in (Layout((60,), ((20,),)), Layout((60,), ((20, 20),)), Layout((60, 60), ((20,), (20,))))
     ]
     assert sizes[0] < sizes[1] < 0.75 * sizes[2]
+
+
+def test_a_tied_head_is_counted_once(tmp_path):
+    """A skeleton has no weights to initialise, and transformers ties in the same breath."""
+    model = footprint.skeleton(tiny_folder("gemma3", tmp_path))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

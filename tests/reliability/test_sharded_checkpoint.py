@@ -1,0 +1,210 @@
+"""A checkpoint that several processes write is whole or absent too: any call of any of them may fail, any part be lost.
+
+Threads stand for processes here: `World` is all that they know of each other. What two real ones write is tested in
+tests/train/test_shard.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmrlhf.train import checkpoint
+from mmrlhf.train.checkpoint import CheckpointError, Rows
+from mmrlhf.train.distributed import World
+from mmrlhf.train.files import FileSystem
+
+WHOLE = {
+    "even": torch.arange(24, dtype=torch.float32).reshape(6, 4),
+    "uneven": torch.arange(10, dtype=torch.bfloat16).reshape(5, 2),
+    "short": torch.arange(3, dtype=torch.float32).reshape(1, 3),  # the last of three processes have none
+    "vector": torch.arange(7, dtype=torch.float32),
+}
+EVERYWHERE = {"step": torch.tensor(3.0), "buffer": torch.ones(2, 2, dtype=torch.int64)}
+
+
+class Together:
+    """A meeting place of so many threads."""
+
+    def __init__(self, size: int):
+        self.size, self.values = size, [None] * size
+        self.barrier = threading.Barrier(size, timeout=30)
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait()
+        found = list(self.values)
+        self.barrier.wait()
+        return found
+
+
+class Thread(World):
+    """One of them, as `World` shows it."""
+
+    def __init__(self, rank: int, place: Together):
+        super().__init__(rank, place.size)
+        object.__setattr__(self, "place", place)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.place.gather(self.rank, value)  # type: ignore[attr-defined]
+
+
+class Failing(FileSystem):
+    """Raises at the n-th call."""
+
+    def __init__(self, at: int):
+        self.at, self.calls = at, 0
+
+    def _tick(self) -> None:
+        self.calls += 1
+        if self.calls - 1 == self.at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(self, path, chunks):
+        self._tick()
+        return super().write(path, chunks)
+
+    def fsync(self, path):
+        self._tick()
+        super().fsync(path)
+
+    def rename(self, source, target):
+        self._tick()
+        super().rename(source, target)
+
+    def remove(self, path):
+        if ".tmp-" not in path.name or path.exists():
+            self._tick()
+        super().remove(path)
+
+
+def save(folder: Path, step: int, size: int, *, fs: dict[int, FileSystem] | None = None, folders=None) -> list[Any]:
+    """All save their rows of WHOLE; what each got: the path, or the error."""
+    place, found = Together(size), [None] * size
+
+    def rows(rank: int) -> dict[str, Any]:
+        cut: dict[str, Any] = dict(EVERYWHERE)
+        for name, tensor in WHOLE.items():
+            share = -(-tensor.shape[0] // size)
+            start = min(rank * share, tensor.shape[0])
+            cut[name] = Rows(tensor[start : start + share] + step - 1, start, tensor.shape[0])
+        return cut
+
+    def work(rank: int) -> None:
+        try:
+            found[rank] = checkpoint.save(
+                (folders or {}).get(rank, folder),
+                step,
+                model=rows(rank),
+                optimizer={f"{name}/exp_avg": value for name, value in rows(rank).items()},
+                state={"note": "ä"},
+                fs=(fs or {}).get(rank),
+                world=Thread(rank, place),
+            )
+        except OSError as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def assert_whole(path: Path, step: int) -> None:
+    found = checkpoint.load(path)
+    for name, tensor in WHOLE.items():
+        assert found.model.shape(name) == tuple(tensor.shape)
+        assert torch.equal(found.model[name], tensor + step - 1)
+        assert found.model[name].dtype == tensor.dtype
+        assert torch.equal(found.optimizer[f"{name}/exp_avg"], tensor + step - 1)
+    for name, tensor in EVERYWHERE.items():
+        assert torch.equal(found.model[name], tensor)
+        assert found.model.shape(name) == tuple(tensor.shape)
+    assert set(found.model) == {*WHOLE, *EVERYWHERE}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_rows_of_all_come_back_whole_and_in_any_cut(size, tmp_path):
+    """Also rows across the borders of what was written, as another number of processes asks for them."""
+    paths = save(tmp_path, 1, size)
+    assert paths == [tmp_path / "step-00000001"] * size
+    assert_whole(paths[0], 1)
+    stored = checkpoint.load(paths[0], verified=True).model
+    for name, tensor in WHOLE.items():
+        for start in range(tensor.shape[0] + 1):
+            for stop in range(start, tensor.shape[0] + 1):
+                assert torch.equal(stored.rows(name, start, stop), tensor[start:stop]), (name, start, stop)
+    assert torch.equal(stored.rows("buffer", 1, 2), EVERYWHERE["buffer"][1:2]), "one that was not cut"
+    assert save(tmp_path, 1, size) == paths, "a whole one stays"
+
+
+@pytest.mark.parametrize(("rank", "calls"), [(0, 10), (1, 4)])  # then the folder has its name
+def test_t05_a_call_that_fails_in_one_process_fails_all_and_leaves_nothing(rank, calls, tmp_path):
+    save(tmp_path, 1, 2)
+    for at in range(calls):
+        fs = Failing(at)
+        found = save(tmp_path, 2, 2, fs={rank: fs})
+        assert fs.calls > at, "the call was reached"
+        assert all(isinstance(each, OSError) and each.errno == errno.ENOSPC for each in found), at
+        assert f"process {rank}: " in str(found[1 - rank])
+        path, skipped = checkpoint.latest(tmp_path)
+        assert path is not None
+        assert_whole(path, 1)
+        assert skipped == []
+        assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"], at
+    assert all(isinstance(each, Path) for each in save(tmp_path, 2, 2))
+    assert_whole(tmp_path / "step-00000002", 2)
+
+
+def test_processes_without_one_storage_are_told(tmp_path):
+    """The second machine's folder is its own: what it wrote is not in the first's."""
+    (tmp_path / "other").mkdir()
+
+    class Elsewhere(FileSystem):
+        def write(self, path, chunks):
+            return super().write(tmp_path / "other" / path.name, chunks)
+
+        def fsync(self, path):
+            pass
+
+    found = save(tmp_path / "one", 1, 2, fs={1: Elsewhere()})
+    assert all("they need one storage" in str(each) for each in found)
+    assert list((tmp_path / "one").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flip", "unlisted", "moved", "doubled"])
+def test_t08_a_part_that_is_damaged_or_not_there_is_found(damage, tmp_path):
+    save(tmp_path, 1, 2)
+    save(tmp_path, 2, 2)
+    path = tmp_path / "step-00000002"
+    victim, manifest = path / "model-00002-of-00002.safetensors", path / "MANIFEST.json"
+    raw, listed = bytearray(victim.read_bytes()), json.loads(manifest.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "cut":
+        victim.write_bytes(raw[:-1])
+    elif damage == "flip":
+        raw[-1] ^= 1
+        victim.write_bytes(raw)
+    elif damage == "unlisted":
+        del listed["files"][victim.name]
+        manifest.write_text(json.dumps(listed))
+    else:  # bytes as they should be, but rows that leave a gap or overlap: nothing that was written by `save`
+        listed["files"][victim.name]["rows"]["even"][0] = 4 if damage == "moved" else 2
+        manifest.write_text(json.dumps(listed))
+        with pytest.raises(CheckpointError, match="the pieces of even do not make a whole"):
+            checkpoint.load(path)
+        return
+    newest, skipped = checkpoint.latest(tmp_path)
+    assert newest == tmp_path / "step-00000001"
+    assert [each.name for each, _ in skipped] == ["step-00000002"]
+    assert victim.name in skipped[0][1]
