@@ -9,13 +9,14 @@
 # under .venv-hosts (about 4 GB, made once, needs the network).
 #
 # Variables: PYTHON (the interpreter to start from), TORCH (what pip is asked for; PyTorch's CPU build, named as its
-# install page says, saves gigabytes on a machine without a GPU), DEMO and TEST (more arguments), MMRLHF_NO_EXT=1 (no
-# compiler: pure Python).
+# install page says, saves gigabytes on a machine without a GPU), DEMO and TEST (more arguments), JOBS (processes that run
+# the tests, a file at a time), MMRLHF_NO_EXT=1 (no compiler: pure Python).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?=
 TEST ?=
+JOBS ?= 2
 BENCH ?=
 
 VENV := .venv
@@ -33,7 +34,7 @@ demo: $(INSTALLED)
 	@$(PY) -m mmrlhf demo $(DEMO)
 
 test: $(VENV)/.dev
-	@$(PY) -m pytest -q $(TEST)
+	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile $(TEST)
 
 test-hosts: $(HOSTS:%=.venv-hosts/%/.installed)
 	@for host in $(HOSTS); do \
