@@ -192,13 +192,16 @@ class Encoder:
             vision=vision if looks is None else {},
             images=len(group.images) + len(group.videos),
         )
+        self._check_length(encoded, source)
+        return encoded
+
+    def _check_length(self, encoded: EncodedGroup, source: str) -> None:
         if encoded.num_tokens > self.max_group_tokens:
             raise TooLong(
                 source,
-                f"too long: {encoded.num_tokens} tokens ({prefix_ids.numel()} of them prompt and images), "
+                f"too long: {encoded.num_tokens} tokens ({encoded.prefix_ids.numel()} of them prompt and images), "
                 f"max_group_tokens is {self.max_group_tokens}",
             )
-        return encoded
 
     def vision(self, group: PreferenceGroup, prefix_ids: Tensor | None = None) -> dict[str, Tensor]:
         """Only the processor's vision outputs of a group. RuntimeError if it makes other tokens than `prefix_ids`."""

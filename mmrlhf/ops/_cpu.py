@@ -37,8 +37,8 @@ def exp2_rowsum_(
     start: int = 0,
     value: Tensor | None = None,  # [n] float32
 ) -> Tensor:
-    """`streaming.exp2_rowsum_` in one compiled call: 60 us of cold Python and PyTorch less for each op it replaces,
-    which between GEMMs that fill the caches is 0.5% of the time an op."""
+    """`streaming.exp2_rowsum_` in one compiled call: with cold caches, between GEMMs, the ops beside the exponentials
+    cost 0.53 ms a tile of 1024 rows in PyTorch and 0.18 ms here; a tile's two GEMMs take about 27."""
     if rest is None or targets is None:
         sums = torch.empty_like(offset)
         _C.exp2_rowsum_(tile, offset, sums, threads=torch.get_num_threads())

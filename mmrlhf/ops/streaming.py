@@ -52,9 +52,10 @@ class Tiles:
     columns: int
 
 
-# Measured on 2 cores (512 KiB of L2 each), H = 896, both GEMMs and the pass, medians of 24 interleaved rounds:
-# N = 2048: [1024, 1024] 1.88 U, [2048, 1024] 1.93, [512, 1024] 1.94, [512, 512] 2.09; N = 128 to 512: 512 to 2048
-# columns are within 2% of each other. On CUDA a tile only has to fill the device and bound the memory.
+# Measured on 2 cores (512 KiB of L2 each), H = 896, both GEMMs and the pass on 8192 columns, which L3 holds; medians
+# of 24 interleaved rounds. N = 2048: [1024, 1024] 1.88 U, [2048, 1024] 1.93, [512, 1024] 1.94, [512, 512] 2.09.
+# N = 128 to 512: 512 to 2048 columns within 5%. Over a whole vocabulary [1024, 1024] and [512, 1024] could not be told
+# apart: 2.13 and 2.25 U in 5 rounds, 2.04 and 1.96 in 3. On CUDA a tile only has to fill the device and bound memory.
 _TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 _ROWS = {"cpu": 1024, "cuda": 8192}
 _COLUMNS = {"cpu": 1536, "cuda": 16384}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mmrlhf.batch import GroupBatch, cumulative
 from mmrlhf.data.chat import Chat, Frame
-from mmrlhf.data.collate import EncodedGroup, Encoder, TooLong
+from mmrlhf.data.collate import EncodedGroup, Encoder
 from mmrlhf.data.looks import Look
 from mmrlhf.data.schema import BadRow, ImageRef, ListedPair, Message, Part, PreferenceGroup
 
@@ -255,12 +255,7 @@ class CritiqueEncoder(Encoder):
             vision=vision if looks is None else {},
             images=len(group.images) + len(group.videos),
         )
-        if encoded.num_tokens > self.max_group_tokens:
-            raise TooLong(
-                source,
-                f"too long: {encoded.num_tokens} tokens ({prefix_ids.numel()} of them prompt and images), "
-                f"max_group_tokens is {self.max_group_tokens}",
-            )
+        self._check_length(encoded, source)
         return encoded
 
     def closing(self, group: PreferenceGroup) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ read, the loss, the scoring head that is trained besides the model, the numbers 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mmrlhf.reward import head as heads
 from mmrlhf.reward.critique import RewardOutput, check_size, reward_loss
 from mmrlhf.reward.encode import CritiqueBatch, CritiqueEncoder, split, with_places
 from mmrlhf.train import loop
-from mmrlhf.train.objective import Objective, Tally, Totals
+from mmrlhf.train.objective import Objective, Tally, Totals, require_margins
 
 
 def train(settings: TrainConfig, *, model: Any = None, processor: Any = None) -> Path:
@@ -71,15 +70,8 @@ class RewardObjective(Objective):
         heads.attach(model, self.head)
 
     def check_groups(self, groups: Iterable[PreferenceGroup], pairs: Any) -> None:
-        if not self.run.reward.margin:
-            return
-        for group in groups:
-            for pair in group.preference_pairs(pairs):
-                if pair.margin is None or not math.isfinite(pair.margin):
-                    raise ValueError(
-                        f"group {group.id} ({group.source or 'no source'}): reward.margin is true, but its responses "
-                        f"{pair.better} and {pair.worse} have no reward margin. Give them scores, or the pair a margin"
-                    )
+        if self.run.reward.margin:
+            require_margins(groups, pairs, "reward.margin is true", "or set reward.margin=false")
 
     def tally(self, totals: Totals, *, tokens_per_batch: int) -> RewardTally:
         return RewardTally(totals, tokens_per_batch=tokens_per_batch)

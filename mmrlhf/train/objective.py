@@ -44,6 +44,17 @@ class Totals:
         return cls(sum(map(dataset.num_pairs, groups)), sum(map(dataset.num_sft_tokens, groups)))
 
 
+def require_margins(groups: Iterable[PreferenceGroup], pairs: Any, why: str, remedy: str) -> None:
+    """ValueError naming the first pair without a finite reward margin; `why` one is needed, and a last `remedy`."""
+    for group in groups:
+        for pair in group.preference_pairs(pairs):
+            if pair.margin is None or not math.isfinite(pair.margin):
+                raise ValueError(
+                    f"group {group.id} ({group.source or 'no source'}): {why}, but its responses {pair.better} and "
+                    f"{pair.worse} have no reward margin. Give them scores, or their pair a margin, {remedy}"
+                )
+
+
 class Objective:
     """The loss of one micro-batch, normalised by the totals of its whole optimiser step."""
 
@@ -109,16 +120,8 @@ class Objective:
 
     def check_groups(self, groups: Iterable[PreferenceGroup], pairs: Any) -> None:
         """Raise ValueError naming the first group whose pairs lack what the loss needs."""
-        if self.settings.beta_mode != "margin":
-            return
-        for group in groups:
-            for pair in group.preference_pairs(pairs):
-                if pair.margin is None or not math.isfinite(pair.margin):
-                    raise ValueError(
-                        f"group {group.id} ({group.source or 'no source'}): loss.beta_mode is margin, but its "
-                        f"responses {pair.better} and {pair.worse} have no reward margin. Give them scores, or their "
-                        "pair a margin, or set loss.beta_mode to fixed"
-                    )
+        if self.settings.beta_mode == "margin":
+            require_margins(groups, pairs, "loss.beta_mode is margin", "or set loss.beta_mode to fixed")
 
     def groups(self, groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
         """The groups to train on, of those that the data has."""
