@@ -2,24 +2,28 @@
 
 Making it measures every group (`Encoder.measure`): that gives each length (packing needs them) and finds every bad
 group before the first step rather than in the middle of a run. Threads look at the pictures meanwhile: all their bytes
-are read and decoded, but no processor meets them. Token ids and weights stay in memory (compact); the processors'
-outputs, which are hundreds of times larger, are made in the order of training and stay in a cache of `cache_bytes`.
-Their tokens are then compared with those that were measured. Under a DataLoader every worker has a cache of its own.
+are read and decoded, but no processor meets them. Where the encoder has a folder, tokens are read from it, or go there
+(`data.kept`). Token ids and weights stay in memory (compact); the processors' outputs, which are hundreds of times
+larger, are made in the order of training and stay in a cache of `cache_bytes`. Their tokens are then compared with
+those that were measured. Under a DataLoader every worker has a cache of its own.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mmrlhf.data.encode import EncodedGroup, Encoder, TooLong
+from mmrlhf.data.kept import BLOCK, Kept, open_kept
 from mmrlhf.data.looks import Look
 from mmrlhf.data.readers import check_cap, summary
 from mmrlhf.data.schema import BadRow, ImageRef, PreferenceGroup
@@ -62,17 +66,15 @@ class PreferenceDataset:
         self._vision_hashes: dict[int, str] = {}
         seen: set[str] = set()
         total = 0
-        for group, look in _ahead(groups, encoder):
+        for group, encoded in _measured(groups, encoder):
             total += 1
             if group.id in seen:
                 raise ValueError(f"two groups have the id {group.id!r}; ids name cache entries and must differ")
             seen.add(group.id)
-            try:
-                encoded = encoder.measure(group, look)
-            except BadRow as error:
-                if on_bad_row == "raise" and not isinstance(error, TooLong):
-                    raise
-                self.dropped.append(error)
+            if isinstance(encoded, BadRow):
+                if on_bad_row == "raise" and not isinstance(encoded, TooLong):
+                    raise encoded
+                self.dropped.append(encoded)
                 continue
             self._keep_vision(len(self.groups), encoded.vision)
             self.groups.append(group)
@@ -144,6 +146,98 @@ class PreferenceDataset:
         while self._vision_bytes > self.cache_bytes:
             _, oldest = self._vision.popitem(last=False)
             self._vision_bytes -= _bytes(oldest)
+
+
+def _measured(
+    groups: Iterable[PreferenceGroup], encoder: Encoder
+) -> Iterator[tuple[PreferenceGroup, EncodedGroup | BadRow]]:
+    """The groups in order, each as tokens or as what is wrong with it; tokens that are kept on the disk are read."""
+    kept = open_kept(encoder)
+    if kept is None:
+        for group, look in _ahead(groups, encoder):
+            yield group, _tokens(encoder, group, look)
+        return
+    everything = list(groups)
+    blocks = [everything[at : at + BLOCK] for at in range(0, len(everything), BLOCK)]
+    rank, processes = _place()
+    if processes == 1:
+        for block in blocks:
+            yield from zip(block, _measure_block(block, encoder, kept), strict=True)
+        return
+    # Every process makes its own blocks while the others make theirs, then reads what is there by now. Blocks that
+    # nobody has (the folder may be this machine's alone) come in an order of its own, so that they are shared too.
+    own = range(rank, len(blocks), processes)
+    rest = [number for number in range(len(blocks)) if number % processes != rank]
+    random.Random(rank).shuffle(rest)
+    made = {}
+    for number in own:
+        made[number] = list(map(_light, _measure_block(blocks[number], encoder, kept)))
+    encoder.looks.save()
+    for number in rest:
+        encoder.looks.refresh()
+        made[number] = list(map(_light, _measure_block(blocks[number], encoder, kept)))
+    for number, block in enumerate(blocks):
+        yield from zip(block, made.pop(number), strict=True)
+
+
+def _light(made: EncodedGroup | BadRow) -> EncodedGroup | BadRow:
+    """Without pixels: all groups are held at once."""
+    return made if isinstance(made, BadRow) else _compact(made)
+
+
+def _measure_block(block: list[PreferenceGroup], encoder: Encoder, kept: Kept) -> Iterator[EncodedGroup | BadRow]:
+    """The groups of a block, read where they are kept; once all are taken the block is kept, if any of it is new."""
+    looks: list[dict[ImageRef, Look]] = []
+    for group, look in _ahead(block, encoder):
+        seen: dict[ImageRef, Look] = {}
+        with suppress(BadRow):  # a group with a bad picture is not kept, and says so when it is measured
+            seen = {ref: look(ref) for ref in encoder.pictures(group) or ()}
+        looks.append(seen)
+    rows = [kept.row(group, seen) for group, seen in zip(block, looks, strict=True)]
+    name = kept.name(rows)
+    found = kept.read(name, block)
+    sound: dict[int, EncodedGroup] = {}
+    new = False
+    for position, (group, row, seen) in enumerate(zip(block, rows, looks, strict=True)):
+        read = found.get(position)
+        if read is not None and not kept.unproven:
+            sound[position] = read
+            yield _within(encoder, group, read)
+            continue
+        made = _tokens(encoder, group, seen.__getitem__ if seen else None)
+        if isinstance(made, EncodedGroup) and row is not None:
+            sound[position] = _compact(made)
+            if read is None:
+                new = True
+            elif not kept.confirm(read, sound[position]):
+                found, new = {}, True
+        yield made
+    if new and encoder.measures:
+        kept.write(name, sound)
+
+
+def _tokens(encoder: Encoder, group: PreferenceGroup, look: Callable[[ImageRef], Look] | None) -> EncodedGroup | BadRow:
+    try:
+        return encoder.measure(group, look)
+    except BadRow as error:
+        return error
+
+
+def _within(encoder: Encoder, group: PreferenceGroup, read: EncodedGroup) -> EncodedGroup | BadRow:
+    """A group that was read, unless it is longer than this run allows."""
+    try:
+        encoder._check_length(read, group.source or group.id)
+    except TooLong as error:
+        return error
+    return read
+
+
+def _place() -> tuple[int, int]:
+    """This process's number and how many there are, by torchrun's variables; (0, 1) alone."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        return 0, 1
+    return int(rank), int(size)
 
 
 def _ahead(

@@ -46,8 +46,10 @@ class Looks:
     def __init__(self, root: str | Path, *, max_pixels: int = MAX_PIXELS, folder: str | Path | None = None):
         self.root, self.max_pixels = Path(root), max_pixels
         self._file = None if folder is None else Path(folder) / _NAME
-        self._seen: dict[tuple, Look] = {} if self._file is None else _read(self._file)
-        self._written = len(self._seen)
+        self._seen: dict[tuple, Look] = {}
+        self._written = 0
+        self._stamp: tuple[int, ...] | None = None  # of the file as it was read
+        self.refresh()
         self.decoded = 0  # pictures that were not known yet
 
     def __call__(self, ref: ImageRef, source: str = "") -> Look:
@@ -93,6 +95,15 @@ class Looks:
         self.decoded += 1
         return Look(*upright_size(data, name, max_pixels=self.max_pixels), digest)
 
+    def refresh(self) -> None:
+        """Add what other processes have kept since the file was read; not while other threads look."""
+        stamp = None if self._file is None else _stamp(self._file)
+        if stamp is None or stamp == self._stamp or self._file is None:
+            return
+        new = len(self._seen) - self._written
+        self._seen = _read(self._file) | self._seen
+        self._written, self._stamp = len(self._seen) - new, stamp
+
     def save(self) -> None:
         """Keep what was seen on the disk, if there is a folder and anything new; a disk that refuses is told about."""
         if self._file is None or len(self._seen) == self._written:
@@ -113,6 +124,13 @@ class Looks:
         finally:
             with suppress(OSError):
                 beside.unlink()
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    with suppress(OSError):
+        about = path.stat()
+        return about.st_ino, about.st_size, about.st_mtime_ns
+    return None
 
 
 def _header() -> dict[str, str]:

@@ -176,6 +176,43 @@ def test_d12_markers_after_normalisation(encoder, tokenizer_maker, tmp_path):
         e.encode(preference("a", "b ＜mark＞"))
 
 
+def test_d12_an_answer_that_the_template_changes_is_still_searched_first(tokenizer_maker, tmp_path):
+    """Both are wrong with it: the special token is what is told, as for any other answer."""
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer = tokenizer_maker()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<mark>", normalized=True, special=True)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | replace('LOUD', 'loud') }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    e = Encoder(tokenizer, root=tmp_path)
+    with pytest.raises(BadRow, match="is tokenised to '<mark>', a special token"):
+        e.encode(preference("a", "LOUD ＜mark＞"))
+    with pytest.raises(BadRow, match="changes an answer's text: 'LOUD b'"):
+        e.encode(preference("a", "LOUD b"))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava", "gemma3"])
+def test_every_answer_is_tokenised_once(encoder, image, monkeypatch, family):
+    """Tokenising is most of what a row costs before the first step: one call an answer, where there were three."""
+    e = encoder(family)
+    e.encode(preference("red", "green", images=[image]))  # what the template writes is known from here on
+    seen, real = [], type(e.chat.tokenizer).__call__
+
+    def call(self, text, *args, **words):
+        seen.append(text if isinstance(text, str) else text[0])
+        return real(self, text, *args, **words)
+
+    monkeypatch.setattr(type(e.chat.tokenizer), "__call__", call)
+    e.encode(preference("two cats", "three dogs", "a mat", text="how many are there ?", images=[image]))
+    for text in ("two cats", "three dogs", "a mat"):
+        assert sum(text in each for each in seen) == 1
+    assert sum("how many" in each for each in seen) == 2  # by itself, and as the prompt
+    assert len(seen) == 5
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision", "llava"])
 def test_d13_too_long_drops_the_whole_group(encoder, image, family):
     long = preference("yes " * 30, "no", id="long", images=[image])
