@@ -74,7 +74,7 @@ def _answers(
         [item.question for item in items],
         _folder(arguments) / f"answers-{name}.jsonl",
         lambda: _load(arguments),
-        model_name=arguments.model,
+        model_name=f"{arguments.model}@{arguments.revision}" if arguments.revision else arguments.model,
         root=_root(arguments, data),
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,

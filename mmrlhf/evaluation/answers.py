@@ -2,25 +2,26 @@
 
     answers.jsonl   {"id", "answer", "key"}: one line a question, appended batch by batch
 
-`key` is a hash of the question, its pictures, the length and the model's files: a line of another model or prompt is
-refused, not used. A line that a kill cut short is dropped and its question asked again. The frames of a video are
-given as so many images. Not covered: beams and sampling (`models.generate` decodes greedily), several processes.
+`key` is a hash of the question, its pictures' bytes, the length and the model's files: a line of another model or
+prompt is refused, not used. A line that a kill cut short is dropped and its question asked again. The frames of a video
+are given as so many images, in its place. Not covered: beams and sampling (`models.generate` decodes greedily), several
+processes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmrlhf.data.fields import user
-from mmrlhf.data.images import image_size
+from mmrlhf.data.fields import user, want
+from mmrlhf.data.images import frame_names, image_bytes, image_size, open_image, open_video
 from mmrlhf.data.readers import summary
-from mmrlhf.data.schema import BadRow
-from mmrlhf.evaluation.rows import ANSWER_KEYS, Question, id_of, open_pictures, read, string
+from mmrlhf.data.resumable import ResumableLines
+from mmrlhf.data.schema import BadRow, ImageRef, Message, Part
+from mmrlhf.evaluation.rows import ANSWER_KEYS, Question, id_of, read, string
 from mmrlhf.models import generate
 
 Loader = Callable[[], "tuple[Any, Any]"]  # -> model, processor; called only where a question is open
@@ -28,15 +29,14 @@ Loader = Callable[[], "tuple[Any, Any]"]  # -> model, processor; called only whe
 
 def read_answers(path: str | Path) -> dict[str, str]:
     """Answers by id from a file of {"id", "answer"} rows. An empty answer is an answer."""
-    from dataclasses import dataclass
-
-    @dataclass(frozen=True)
-    class Answer:
-        id: str
-        text: str
-
-    rows, _ = read(path, lambda row: Answer(id_of(row), string(row, ANSWER_KEYS, blank=True)))
+    rows, _ = read(path, lambda row: _Answer(id_of(row), string(row, ANSWER_KEYS, blank=True)))
     return {row.id: row.text for row in rows}
+
+
+@dataclass(frozen=True)
+class _Answer:
+    id: str
+    text: str
 
 
 def answer_questions(
@@ -52,69 +52,91 @@ def answer_questions(
     on_bad_row: str = "raise",
     say: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, str], list[BadRow]]:
-    """Answers by id, and the questions whose pictures cannot be read; both asked of the model only where `path` lacks
-    them.
+    """Answers by id, and the questions that cannot be asked: pictures that are missing, broken or not named at all, or
+    that do not fit the places for them. The model is asked where `path` lacks an answer.
 
     `load` gives (model, processor) and is not called when nothing is open. `model_name` is the folder or hub id that
-    it loads. Pictures are looked up under `root`; with on_bad_row "raise" one that cannot be read is a ValueError, as
-    soon as it is seen. Raises ValueError where `path` holds answers of another model, prompt or length.
+    it loads. Pictures are looked up under `root`; with on_bad_row "raise" a question that cannot be asked is a
+    ValueError, as soon as it is seen. Raises ValueError where no question is left, or `path` holds answers of another
+    model, prompt, picture or length.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
-    path = Path(path)
-    model_key = model_fingerprint(model_name)
-    keys = {q.id: _key(q, model_key, max_new_tokens, frames, root) for q in questions}
-    done = _read_done(path, keys)
+    made_by = f"{model_fingerprint(model_name)}\0{max_new_tokens}"
+    keys: dict[str, str] = {}
     bad: list[BadRow] = []
-    open_ones = [q for q in questions if q.id not in done]
-    if open_ones:
-        readable = []
-        for question in open_ones:  # headers first: a picture that is missing is said before hours of answers
-            try:
-                for image in question.images:
-                    image_size(image, root, source=question.source)
-                readable.append(question)
-            except BadRow as error:
-                bad.append(error)
-        open_ones = readable
-    if bad and on_bad_row == "raise":
-        raise ValueError(f"{len(bad)} questions have pictures that cannot be read:\n{summary(bad)}")
-    if not open_ones:
-        return done, bad
-    model, processor = load()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        for start in range(0, len(open_ones), batch_size):
+    for question in questions:  # before hours of answers, and before a model is loaded
+        try:
+            keys[question.id] = _key(question, root, frames, made_by)
+        except ValueError as error:
+            bad.append(_bad_row(question, error))
+    if bad and (on_bad_row == "raise" or not keys):
+        raise ValueError(f"{len(bad)} of {len(questions)} questions cannot be asked:\n{summary(bad)}")
+    with ResumableLines(path, what="a model's answers") as lines:
+        done = _known(lines, keys)
+        todo = [question for question in questions if question.id in keys and question.id not in done]
+        if not todo:
+            return done, bad
+        model, processor = load()
+        for start in range(0, len(todo), batch_size):
             batch: list[tuple[Question, generate.Prompt]] = []
-            for question in open_ones[start : start + batch_size]:
+            for question in todo[start : start + batch_size]:
                 try:
                     batch.append((question, _prompt(question, root, frames)))
                 except ValueError as error:
-                    row = error if isinstance(error, BadRow) else BadRow(question.source, str(error))
+                    row = _bad_row(question, error)
                     if on_bad_row == "raise":
                         raise row from error
                     bad.append(row)
-            prompts = [prompt for _, prompt in batch]
-            texts = generate.answer(
-                model, processor, prompts, max_new_tokens=max_new_tokens, batch_size=max(1, len(batch))
-            )
-            for (question, _), text in zip(batch, texts, strict=True):
-                done[question.id] = text
-                line = {"id": question.id, "answer": text, "key": keys[question.id]}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            texts = generate.answer(model, processor, [prompt for _, prompt in batch], **options)
+            new = {question.id: text for (question, _), text in zip(batch, texts, strict=True)}
+            lines.append(*({"id": name, "answer": text, "key": keys[name]} for name, text in new.items()))
+            done |= new
             if say is not None:
-                say(f"{min(start + batch_size, len(open_ones))} of {len(open_ones)} questions answered")
+                say(f"{min(start + batch_size, len(todo))} of {len(todo)} questions answered")
     return done, bad
 
 
+def _bad_row(question: Question, error: ValueError) -> BadRow:
+    return error if isinstance(error, BadRow) else BadRow(question.source or question.id, str(error))
+
+
+def _known(lines: ResumableLines, keys: Mapping[str, str]) -> dict[str, str]:
+    """The answers that the file has for these questions."""
+    done = {}
+    for name, text, key in lines.read(lambda row: [want(row, field, str) for field in ("id", "answer", "key")]):
+        if key != keys.get(name, key):
+            raise ValueError(
+                f"{lines.path}: the answer to {name!r} is of another model, prompt, picture or length; "
+                "name another output, or remove the file"
+            )
+        if name in keys:
+            done[name] = text
+    return done
+
+
 def _prompt(question: Question, root: str | Path, frames: int) -> generate.Prompt:
-    pictures = open_pictures(question.images, question.videos, root, frames=frames, source=question.source)
-    text = question.prompt
-    if question.videos:  # its frames stand where the video would
-        text = text.replace("<video>", "")
-    return user(text, len(pictures)), pictures
+    """The turn with a part a picture, a video being its frames, and the pictures in the order of their parts."""
+    images, videos = iter(question.images), iter(question.videos)
+    parts: list[Part] = []
+    pictures: list[Any] = []
+    for part in _parts(question):
+        if part.type == "text":
+            parts.append(part)
+            continue
+        if part.type == "image":
+            shown = [open_image(next(images), root, source=question.source)]
+        else:
+            shown = open_video(next(videos), root, frames=frames, source=question.source)
+        parts += [Part("image")] * len(shown)
+        pictures += shown
+    return (Message("user", tuple(parts)),), pictures
+
+
+def _parts(question: Question) -> tuple[Part, ...]:
+    (turn,) = user(question.prompt, len(question.images), len(question.videos))
+    return turn.content
 
 
 def model_fingerprint(name: str | Path) -> str:
@@ -124,44 +146,23 @@ def model_fingerprint(name: str | Path) -> str:
         return str(name)
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in (".safetensors", ".json"):
+        if file.is_file() and file.suffix in (".safetensors", ".json", ".jinja", ".txt", ".model", ".py"):
             about = file.stat()
             digest.update(f"{file.name}:{about.st_size}:{about.st_mtime_ns}\n".encode())
     return f"{folder.name}:{digest.hexdigest()}"
 
 
-def _key(question: Question, model_key: str, max_new_tokens: int, frames: int, root: str | Path) -> str:
-    digest = hashlib.sha256(f"{model_key}\0{max_new_tokens}\0{question.prompt}\0".encode())
+def _key(question: Question, root: str | Path, frames: int, made_by: str) -> str:
+    """Hash of all that an answer depends on; of a video the path. Raises ValueError where it cannot be asked."""
+    if not question.images and not question.videos:
+        raise ValueError("no picture: 'image' or 'video' must be given")
+    _parts(question)
+    digest = hashlib.sha256(f"{made_by}\0{question.prompt}\0".encode())
     for image in question.images:
-        digest.update(image.data if image.data is not None else f"{image.path}\0".encode())
+        data = image_bytes(image, root, source=question.source)
+        image_size(ImageRef(data=data), root, source=question.source or image.path or "")
+        digest.update(hashlib.sha256(data).digest())
     for video in question.videos:
+        frame_names(video, root, source=question.source)
         digest.update(f"{video.path}\0{frames}\0".encode())
     return digest.hexdigest()[:32]
-
-
-def _read_done(path: Path, keys: Mapping[str, str]) -> dict[str, str]:
-    """Answers that the file has for these questions. The file is cut behind its last whole line."""
-    if not path.exists():
-        return {}
-    done: dict[str, str] = {}
-    whole = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            try:
-                row = json.loads(line)
-                name, text, key = row["id"], row["answer"], row["key"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: not a line of answers this command wrote ({error})") from error
-            if name not in keys:
-                continue
-            if key != keys[name]:
-                raise ValueError(
-                    f"{path}:{number}: the answer to {name!r} is of another model, prompt or length; "
-                    "name another output, or remove the file"
-                )
-            done[name] = text
-    os.truncate(path, whole)
-    return done

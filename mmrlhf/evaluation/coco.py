@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -34,6 +35,14 @@ _IRREGULAR = {
 }
 # Words of the file that are plurals already, or of which there is none.
 _NO_PLURAL = ("people", "children", "cattle", "oxen", "scissors", "skis", "luggage")
+
+
+# Words that cannot stand within a run of nouns: "man wearing a hat", "dog on a leash".
+_NO_NOUN = re.compile(
+    r"an?|the|and|or|of|on|in|at|by|for|from|to|with|without|near|under|over|above|below|behind|beside|between|around"
+    r"|inside|outside|against|along|across|into|onto|through|towards?|upon|as|like|that|which|who|whose|is|are|his|her"
+    r"|its|their|full|covered|made|filled|dressed|\w+ing"
+)
 
 
 @dataclass(frozen=True)
@@ -111,29 +120,51 @@ def plurals(word: str) -> tuple[str, ...]:
 def words(text: str) -> list[str]:
     """Lower-case words without possessive endings; hyphenated ones stay whole."""
     plain = text.lower().replace("’", "'").replace("‐", "-").replace("‑", "-")
-    return [word.removesuffix("'s").removesuffix("'") for word in _WORD.findall(plain)]
+    return [word.removesuffix("'s") for word in _WORD.findall(plain)]
 
 
 def mentions(text: str) -> list[Mention]:
     """Every object that a text names, in order, repetitions included."""
-    known = vocabulary()
-    said = words(text)
-    found: list[Mention] = []
+    return _without_seats([mention for mention, _ in _found(words(text))])
+
+
+def named(phrases: Iterable[str]) -> list[Mention]:
+    """The objects that short noun phrases name: a table lamp is no table, a cup on a table is two objects.
+
+    A name counts where it ends a run of nouns: at the end of a phrase, before a mark, or before a word that cannot
+    belong to the same noun. Object HalBench's code takes such runs from a tagger, and looks up whole ones ("kitchen
+    table" is none of its words); here a run is what its last word says.
+    """
+    found = []
+    for piece in (piece for phrase in phrases for piece in re.split(r"[^\w\s'’‐‑-]+", phrase)):
+        said = words(piece)
+        for mention, end in _found(said):
+            if end == len(said) or _NO_NOUN.fullmatch(said[end]):
+                found.append(mention)
+    return _without_seats(found)
+
+
+def _found(said: Sequence[str]) -> Iterator[tuple[Mention, int]]:
+    """Every name among these words, and the place behind it."""
+    forms, longest = vocabulary().forms, vocabulary().longest
     at = 0
     while at < len(said):
         parts = tuple(said[at].split("-"))
-        if len(parts) > 1 and parts in known.forms:
-            mention, width = known.forms[parts], 1
+        mention, width = None, 1
+        if len(parts) > 1 and parts in forms:
+            mention = forms[parts]
         else:
-            mention, width = None, 1
-            for length in range(min(known.longest, len(said) - at), 0, -1):
+            for length in range(min(longest, len(said) - at), 0, -1):
                 form = tuple(said[at : at + length])
-                if form in known.forms:
-                    mention, width = known.forms[form], length
+                if form in forms:
+                    mention, width = forms[form], length
                     break
-        if mention is not None:
-            found.append(mention)
         at += width
-    if any(mention.word == "toilet" for mention in found):
-        found = [mention for mention in found if mention.word != "seat"]
-    return found
+        if mention is not None:
+            yield mention, at
+
+
+def _without_seats(found: list[Mention]) -> list[Mention]:
+    """No seat is a chair where a toilet is named."""
+    toilet = any(mention.word == "toilet" for mention in found)
+    return [mention for mention in found if not (toilet and mention.word == "seat")]

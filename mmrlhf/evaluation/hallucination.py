@@ -92,7 +92,8 @@ def coco_objects(instances: Sequence[str | Path], captions: Sequence[str | Path]
     """Image id -> COCO classes in the picture, from COCO's annotation files (instances_val2014.json, captions_…).
 
     The instances' categories, and the objects that people named in their captions: what CHAIR takes for the truth, for
-    which both files are needed. Raises ValueError for a file of another form.
+    which both files are needed. A picture that no file of instances lists is left out. Raises ValueError for a file of
+    another form.
     """
     known = coco.vocabulary()
     found: dict[str, set[str]] = {}
@@ -113,8 +114,9 @@ def coco_objects(instances: Sequence[str | Path], captions: Sequence[str | Path]
         data = _json(path)
         try:
             for entry in data["annotations"]:
-                named = {mention.object for mention in coco.mentions(entry["caption"])}
-                found.setdefault(str(entry["image_id"]), set()).update(named)
+                image, caption = str(entry["image_id"]), entry["caption"]
+                if image in found:  # captions alone are half the truth of a picture
+                    found[image] |= {mention.object for mention in coco.mentions(caption)}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no file of COCO captions: it lacks {error}") from error
     return found
@@ -137,7 +139,8 @@ def chair(
     """CHAIR of one answer a picture.
 
     `count`: "words" counts a word once a caption, as Object HalBench does; "mentions" counts each, as CHAIR does.
-    `phrases`, by id, are the objects that a judge found in each answer; without them, every word of it is looked at.
+    `phrases`, by id, are the objects that a judge found in each answer (see `coco.named`); without them, every word of
+    it is looked at.
     Raises ValueError for a caption without an answer, or without phrases where some are given.
     """
     if count not in ("words", "mentions"):
@@ -150,7 +153,7 @@ def chair(
     with_objects = mentions = wrong = recalled = there = length = 0
     for caption in captions:
         text = answers[caption.id]
-        said = coco.mentions(text) if phrases is None else [m for p in phrases[caption.id] for m in coco.mentions(p)]
+        said = coco.mentions(text) if phrases is None else coco.named(phrases[caption.id])
         if count == "words":
             said = list(dict.fromkeys(said))
         missing = tuple(m.word for m in said if m.object not in caption.objects)
@@ -261,7 +264,10 @@ def says_yes(answer: str, *, style: str = "strict") -> bool | None:
 
 
 def pope(probes: Sequence[Probe], answers: Mapping[str, str], *, style: str = "strict") -> dict[str, PopeResult]:
-    """Figures of all probes under "all", and of each category. Raises ValueError for a probe without an answer."""
+    """Figures of all probes under "all", and of each category. Raises ValueError for a probe without an answer, or none
+    at all."""
+    if not probes:
+        raise ValueError("probes must not be empty")
     lacking = [p.id for p in probes if p.id not in answers]
     if lacking:
         raise ValueError(f"{len(lacking)} probes have no answer: {', '.join(lacking[:5])}")

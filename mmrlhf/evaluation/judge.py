@@ -4,9 +4,10 @@
 
 A judge is anything callable that takes a text and returns one: `ChatJudge` (an endpoint that speaks OpenAI's chat
 protocol), `LocalJudge` (a model folder), or a function. Every reply is appended to the cache file as it comes, keyed by
-judge and text, so that a stopped run goes on and nothing is paid for twice. A reply that does not parse is no zero: it
-is listed, and the measures say over how many verdicts they are. A request that fails after its retries is listed too,
-not cached, and asked again by the next run; a refused key or an unknown model stops the run at once.
+judge and text, so that a stopped run goes on and nothing is paid for twice; equal texts are one question. A reply that
+does not parse is no zero: it is listed, and the measures say over how many verdicts they are. A request that fails
+after its retries is listed too, not cached, and asked again by the next run; a refused key or an unknown model stops
+the run at once, and keeps the replies that were under way.
 Not covered: judges that look at pictures (the benchmarks here give them texts).
 """
 
@@ -18,11 +19,16 @@ import logging
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from mmrlhf.data.fields import want
+from mmrlhf.data.resumable import ResumableLines
 
 T = TypeVar("T")
 Judge = Callable[[str], str]
@@ -50,7 +56,7 @@ class Verdicts(Generic[T]):
     values: dict[str, T] = field(default_factory=dict)
     unparsable: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
-    asked: int = 0  # requests that were not in the cache
+    asked: int = 0  # texts that were not in the cache
 
     @property
     def missing(self) -> int:
@@ -174,42 +180,53 @@ def judge_all(
     """Ask a judge about every request, at most `workers` at a time (one for a local model), and parse its replies.
 
     `parse` raises `Unparsable`. `cache` is a JSON Lines file of replies; those of the same judge (its `name`, or the
-    function's) and text are reused. Verdicts come in the order of the requests. Raises ValueError for an id that
-    appears twice, JudgeStopped where every further request would fail.
+    function's) and text are reused, and one run at a time may write it. Verdicts come in the order of the requests.
+    Raises ValueError for an id that appears twice or `workers` below 1, JudgeStopped where every further request would
+    fail.
     """
-    ids = [request.id for request in requests]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"request id {next(i for i in ids if ids.count(i) > 1)!r} appears twice")
+    twice = [name for name, count in Counter(request.id for request in requests).items() if count > 1]
+    if twice:
+        raise ValueError(f"request id {twice[0]!r} appears twice")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers!r}")
     name = getattr(judge, "name", None) or getattr(judge, "__qualname__", type(judge).__name__)
-    store = _Cache(cache, str(name))
     verdicts: Verdicts[T] = Verdicts()
-    replies = {request.id: store.get(request.text) for request in requests}
-    pending = [request for request in requests if replies[request.id] is None]
-    verdicts.asked = len(pending)
-    failed: dict[str, str] = {}
-    with ThreadPoolExecutor(max_workers=max(1, min(workers, getattr(judge, "workers", workers)))) as pool:
-        running = {pool.submit(judge, request.text): request for request in pending}
-        try:
-            for count, future in enumerate(as_completed(running), 1):
-                request = running[future]
-                try:
-                    replies[request.id] = future.result()
-                except JudgeStopped:
-                    raise
-                except Exception as error:  # whatever one request met, the others go on and this one is named
-                    failed[request.id] = f"{type(error).__name__}: {error}"
-                    logger.warning("no verdict on %s: %s", request.id, failed[request.id])
-                else:
-                    store.put(request, replies[request.id])
-                if say is not None and (count % 50 == 0 or count == len(pending)):
-                    say(f"{count} of {len(pending)} verdicts")
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            store.close()
+    failed: dict[str, str] = {}  # by text
+    with nullcontext() if cache is None else ResumableLines(cache, what="a judge's cache") as lines:
+        store = _Cache(lines, str(name))
+
+        def ask(request: Request) -> None:
+            try:
+                reply = judge(request.text)
+                if not isinstance(reply, str):
+                    raise TypeError(f"the judge must return text, got {type(reply).__name__}")
+            except JudgeStopped:
+                raise
+            except Exception as error:  # whatever one request met, the others go on and this one is named
+                failed[request.text] = f"{type(error).__name__}: {error}"
+                logger.warning("no verdict on %s: %s", request.id, failed[request.text])
+            else:
+                store.put(request, reply)  # in this thread: also where the run stops meanwhile
+
+        pending: dict[str, Request] = {}
+        for request in requests:
+            if store.get(request.text) is None:
+                pending.setdefault(request.text, request)
+        verdicts.asked = len(pending)
+        with ThreadPoolExecutor(max_workers=min(workers, getattr(judge, "workers", workers))) as pool:
+            running = [pool.submit(ask, request) for request in pending.values()]
+            try:
+                for count, future in enumerate(as_completed(running), 1):
+                    future.result()
+                    if say is not None and (count % 50 == 0 or count == len(running)):
+                        say(f"{count} of {len(running)} verdicts")
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+        replies = {request.id: store.get(request.text) for request in requests}
     for request in requests:
         reply = replies[request.id]
         if reply is None:
-            verdicts.failed.append((request.id, failed[request.id]))
+            verdicts.failed.append((request.id, failed[request.text]))
             continue
         try:
             verdicts.values[request.id] = parse(reply)
@@ -219,31 +236,12 @@ def judge_all(
 
 
 class _Cache:
-    """Replies on disk: {"key", "id", "reply"} a line, appended and flushed one by one; a cut last line is dropped."""
+    """Replies by judge and text: {"key", "id", "reply"} a line of the file, or (`lines` None) in memory alone."""
 
-    def __init__(self, path: str | Path | None, judge_name: str):
-        self._judge = judge_name
-        self._known: dict[str, str] = {}
-        self._file = None
+    def __init__(self, lines: ResumableLines | None, judge_name: str):
+        self._lines, self._judge = lines, judge_name
+        self._known = {} if lines is None else dict(lines.read(_key_and_reply))
         self._lock = threading.Lock()
-        if path is None:
-            return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = 0
-        if path.exists():
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if not line.endswith(b"\n"):
-                        break
-                    whole += len(line)
-                    try:
-                        row = json.loads(line)
-                        self._known[row["key"]] = row["reply"]
-                    except (ValueError, KeyError, TypeError) as error:
-                        raise ValueError(f"{path}:{number}: not a line of a judge's cache ({error})") from error
-            os.truncate(path, whole)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def _key(self, text: str) -> str:
         return hashlib.sha256(f"{self._judge}\0{text}".encode()).hexdigest()
@@ -251,17 +249,16 @@ class _Cache:
     def get(self, text: str) -> str | None:
         return self._known.get(self._key(text))
 
-    def put(self, request: Request, reply: str | None) -> None:
-        if self._file is None or reply is None:
-            return
-        line = json.dumps({"key": self._key(request.text), "id": request.id, "reply": reply}, ensure_ascii=False)
+    def put(self, request: Request, reply: str) -> None:
+        key = self._key(request.text)
         with self._lock:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._known[key] = reply
+            if self._lines is not None:
+                self._lines.append({"key": key, "id": request.id, "reply": reply})
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+
+def _key_and_reply(row: dict[str, Any]) -> tuple[str, str]:
+    return want(row, "key", str), want(row, "reply", str)
 
 
 def parse_yes_no(reply: str) -> bool:

@@ -107,7 +107,7 @@ def prompt_of(context: str, pictures: Any, task: str) -> generate.Prompt:
 
 def cut(text: str, until: Sequence[str]) -> str:
     """The text up to the first of the marks that end an answer."""
-    places = [place for mark in until if mark and (place := text.find(mark)) > 0]
+    places = [place for mark in until if mark and (place := text.find(mark)) >= 0]
     return text[: min(places)].strip() if places else text
 
 

@@ -79,19 +79,17 @@ where N is
 
 def read_mmhal(path: str | Path, *, on_bad_row: str = "raise") -> tuple[list[MMHalItem], list[BadRow]]:
     """MMHal-Bench's own rows: {"question", "gt_answer", "image_content": [labels], "question_type"}, a picture under
-    "image", "image_path" or "image_id" (a file name; its addresses are not fetched), and optionally an id."""
-    count = 0
+    "image", "image_path" or "image_id" (a file name; its addresses are not fetched), and optionally an id: without one
+    it is the row's place in the file, from 0."""
 
     def parse(row: Mapping[str, Any]) -> MMHalItem:
-        nonlocal count
-        count += 1
         contents = first(row, ("image_content", "contents"))
         if isinstance(contents, (list, tuple)):
             contents = ", ".join(map(str, contents))
         name = first(row, ("id", "question_id"), optional=True)
         image = first(row, ("image", "images", "image_path", "image_id"), optional=True)
         asked = {k: v for k, v in row.items() if k not in ("image", "images", "image_id", "image_path")}
-        question = question_of({**asked, "id": str(count - 1 if name is None else name), "image": image})
+        question = question_of({**asked, "id": row["__place__"] if name is None else name, "image": image})
         kind = str(row.get("question_type") or "").lower()
         kind = next((known for known in QUESTION_TYPES if known in kind), kind or "unknown")
         return MMHalItem(question.id, question, str(contents), string(row, ("gt_answer", "reference")), kind)
@@ -131,7 +129,7 @@ def rate_mmhal(
 
 def parse_rating(reply: str) -> int:
     """The one rating from 0 to 6 that a reply gives, as "Rating: 4"; none, or two that differ, is unparsable."""
-    found = {int(n) for n in re.findall(r"rating\W{0,4}[:=]\W{0,4}(\d+)(?!\d|\s*[.\-–]\s*\d)", reply.lower())}
+    found = {int(n) for n in re.findall(r"rating\W{0,4}[:=]\W{0,4}(\d+)(?!\d|\.\d|\s*[\-–]\s*\d)", reply.lower())}
     if len(found) != 1 or not 0 <= min(found) <= 6:
         raise Unparsable(f"the reply must give one rating from 0 to 6, found {sorted(found) or 'none'}")
     return found.pop()

@@ -20,6 +20,7 @@ from typing import Any
 from mmrlhf.train.files import write_json
 
 FORMAT = 1
+NOT_RUN = "not run"  # the metric of a benchmark that stands in a file without figures
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,13 @@ def save(results: Results, path: str | Path) -> Path:
 
 
 def merge(old: Results, new: Results) -> Results:
-    """The figures of both; where both have one, the new."""
+    """The figures of both; where both have one, the new. That a benchmark was not run is left out where it was."""
     if old.model != new.model:
         raise ValueError(f"the results file is of {old.model!r}, the new figures of {new.model!r}: name another file")
     figures = {figure.key: figure for figure in (*old.figures, *new.figures)}
-    return Results(new.model, list(figures.values()), {**old.details, **new.details}, new.created)
+    run = {figure.key[:2] for figure in figures.values() if figure.metric != NOT_RUN}
+    kept = [figure for figure in figures.values() if figure.metric != NOT_RUN or figure.key[:2] not in run]
+    return Results(new.model, kept, {**old.details, **new.details}, new.created)
 
 
 def load(path: str | Path) -> Results:
@@ -94,10 +97,12 @@ def load(path: str | Path) -> Results:
         raise ValueError(f"{path} is not JSON: {error}") from error
     try:
         if value["format"] != FORMAT:
-            raise ValueError(f"{path} has format {value['format']!r}, this version reads {FORMAT}")
+            raise ValueError(f"it has format {value['format']!r}, this version reads {FORMAT}")
         figures = [Figure(**entry) for entry in value["figures"]]
         return Results(value["model"], figures, value["details"], value["created"])
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path} is no results file of mmrlhf: it lacks {error}") from error
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is no results file of mmrlhf: {error}") from error
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmrlhf.data.fields import number, user
+from mmrlhf.data.fields import number, optional_text, user
 from mmrlhf.data.media import images_of, videos_of
 from mmrlhf.data.schema import BadRow, ImageRef, ListedPair, PreferenceGroup, Response, VideoRef
 from mmrlhf.evaluation.rows import PROMPT_KEYS, first, id_of, open_pictures, read, string
@@ -56,6 +56,7 @@ class Comparison:
     images: tuple[ImageRef, ...] = ()
     videos: tuple[VideoRef, ...] = ()
     source: str = ""
+    critiques: tuple[str | None, str | None] = (None, None)  # of chosen and rejected, where the file has them
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def read_comparisons(
 ) -> tuple[list[Comparison], list[BadRow]]:
     """The pairs of a benchmark's file, and the rows that could not be read.
 
-    "mm_rlhf": {"id", "image" or "video", "prompt", "chosen", "rejected"}, optional "category".
+    "mm_rlhf": {"id", "image" or "video", "prompt", "chosen", "rejected"}, optional "category", "chosen_reason" and
+    "rejected_reason".
     "vl": {"id", "query", "image", "response": [two], "human_ranking": [0, 1] or [1, 0], "query_source"}; rank 0 is the
     better. Raises ValueError for an unknown benchmark.
     """
@@ -110,7 +112,9 @@ def read_comparisons(
 def _mm_rlhf(row: Mapping[str, Any], counts: dict[str, int]) -> Comparison:
     images, videos = images_of(row), videos_of(row)
     paths = [ref.path or "" for ref in images] + [ref.path for ref in videos]
-    category = row.get("category") or next((c for c in CATEGORIES if any(c in path for path in paths)), None)
+    category = next((c for c in CATEGORIES if any(c in path for path in paths)), None)
+    if row.get("category"):
+        category = string(row, ("category",))
     if category is None:
         raise ValueError(f"no category: none of {', '.join(CATEGORIES)} stands in the path {paths[:1]}")
     return _comparison(row, counts, category, string(row, ("chosen",)), string(row, ("rejected",)), images, videos)
@@ -139,10 +143,16 @@ def _comparison(
     videos: tuple[VideoRef, ...],
 ) -> Comparison:
     prompt, query = string(row, PROMPT_KEYS), id_of(row)
+    user(prompt, len(images), len(videos))  # ValueError for places that fit no picture
     place = counts.get(query, 0)
     counts[query] = place + 1
     source = str(row.get("__source__", ""))
-    return Comparison(f"{query}#{place}", query, category, prompt, chosen, rejected, images, videos, source)
+    critiques = (
+        optional_text(row.get("chosen_reason"), "chosen_reason"),
+        optional_text(row.get("rejected_reason"), "rejected_reason"),
+    )
+    name = f"{query}#{place}"
+    return Comparison(name, query, category, prompt, chosen, rejected, images, videos, source, critiques)
 
 
 def score_comparisons(
@@ -154,7 +164,7 @@ def score_comparisons(
     folder once a query; without it, the ImageRefs of the row. A reward that is no finite number is a ValueError naming
     the pair; a picture that cannot be opened is a BadRow.
     """
-    known: dict[tuple[str, str, str], float] = {}
+    known: dict[tuple[Any, ...], float] = {}
     opened: tuple[tuple[Any, ...], Sequence[Any]] = ((), ())
     out = {}
     for pair in pairs:
@@ -163,7 +173,7 @@ def score_comparisons(
             opened = (media, open_pictures(pair.images, pair.videos, root, frames=frames, source=pair.source))
         both = []
         for response in (pair.chosen, pair.rejected):
-            key = (pair.query, pair.prompt, response)
+            key = (pair.query, pair.prompt, media, response)
             if key not in known:
                 known[key] = _finite(scorer(pair.prompt, pair.images if root is None else opened[1], response), pair)
             both.append(known[key])
@@ -179,15 +189,15 @@ def as_groups(pairs: Iterable[Comparison]) -> list[tuple[PreferenceGroup, list[C
     groups = []
     for own in gathered.values():
         head = own[0]
-        texts = list(dict.fromkeys(text for pair in own for text in (pair.chosen, pair.rejected)))
-        try:
-            prompt = user(head.prompt, len(head.images), len(head.videos))
-        except ValueError as error:
-            raise BadRow(head.source or head.id, str(error)) from error
+        critiques: dict[str, str | None] = {}
+        for pair in own:
+            for text, critique in zip((pair.chosen, pair.rejected), pair.critiques, strict=True):
+                critiques[text] = critiques.get(text) or critique
+        texts = list(critiques)
         group = PreferenceGroup(
             id=head.id,
-            prompt=prompt,
-            responses=tuple(Response(text) for text in texts),
+            prompt=user(head.prompt, len(head.images), len(head.videos)),
+            responses=tuple(Response(text, critique=critique) for text, critique in critiques.items()),
             images=head.images,
             videos=head.videos,
             pairs=tuple(ListedPair(texts.index(p.chosen), texts.index(p.rejected)) for p in own),
@@ -250,10 +260,12 @@ def read_scores(path: str | Path) -> dict[str, Scores]:
 
 
 def measure(pairs: Sequence[Comparison], scores: Mapping[str, Scores]) -> BenchResult:
-    """The figures of all pairs. Raises ValueError where a pair has no score, or a score no pair."""
+    """The figures of all pairs. Raises ValueError where there is no pair, a pair has no score, or a score no pair."""
+    if not pairs:
+        raise ValueError("pairs must not be empty: there is nothing to measure")
     missing = [pair.id for pair in pairs if pair.id not in scores]
     extra = sorted(set(scores) - {pair.id for pair in pairs})
-    if missing or extra or not pairs:
+    if missing or extra:
         raise ValueError(
             f"{len(pairs)} pairs and {len(scores)} scores: {len(missing)} pairs have none ({', '.join(missing[:3])}), "
             f"{len(extra)} scores have no pair ({', '.join(extra[:3])})"

@@ -17,6 +17,7 @@ in the answer's place in the judge's text where a label holds "->"; here the jud
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ ROWS = (
 )
 SETS = tuple(dict.fromkeys(row.set for row in ROWS))
 BY_WORDS = ("nsfw_text", "nsfw_image")  # no judge needed
+ADVERSARIAL = ("adversarial_target", "adversarial_untarget")
 JAILBREAKS = ("crossmodal", "multimodal", "typographic")
 # The same sets as the released data and lmms-eval's fork spell them.
 _ALIASES = {
@@ -153,9 +155,11 @@ def read_safety(path: str | Path, *, on_bad_row: str = "raise") -> tuple[list[Sa
             label = ", ".join(map(str, label))
         if label is None and group not in BY_WORDS:
             raise ValueError(f"'label' must be given for {group}")
-        name = f"{group}/{question.id}"
-        question = Question(name, question.prompt, question.images, question.videos, question.source)
-        return SafetyItem(name, group, question, str(label or "").split("->")[-1].strip())
+        label = str(label or "")
+        if group in ADVERSARIAL:  # "question->object"
+            label = label.split("->")[-1]
+        question = dataclasses.replace(question, id=f"{group}/{question.id}")
+        return SafetyItem(question.id, group, question, label.strip())
 
     return read(path, parse, on_bad_row=on_bad_row)
 
@@ -177,7 +181,7 @@ def requests_for(
             asked = item.question.prompt
             text = fill(forms["risk"], question=asked, answer=said, label=item.label)
             out.append(Request(f"{item.id}/risk", text))
-        elif item.set not in BY_WORDS:
+        elif item.set in ADVERSARIAL:
             out.append(Request(f"{item.id}/states", fill(forms["states"], answer=said, label=item.label)))
             out.append(Request(f"{item.id}/noise", fill(forms["noise"], answer=said)))
     return out

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrlhf.evaluation import lmms
-from mmrlhf.evaluation.results import Figure
+from mmrlhf.evaluation.results import NOT_RUN, Figure
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ def run(
         found, notes = lmms.run_tasks(model, processor, tasks, batch_size=batch_size, limit=limit, include_path=path)
     for dimension, benchmark in chosen:
         if benchmark.own:
-            why = "not run: no file was named for it"
-            missing = Figure(dimension, benchmark.name, benchmark.own, None, "", note=why)
+            why = f"no file was named for it (--{benchmark.own})"
+            missing = Figure(dimension, benchmark.name, NOT_RUN, None, "", note=why)
             figures += measured.get(benchmark.own, [missing])
         for task in benchmark.tasks:
             figures += task_figures(dimension, benchmark.name, task, found.get(task, {}))

@@ -80,6 +80,7 @@ class _Run:
         self.model, self.inner = model, parts.inner_model(model)
         self.known = inspect.signature(self.inner.forward).parameters
         self.device = batch.input_ids.device
+        self.padding = shared_prefix.text_token(model)
         self.keys = [key for key in batch.response_keys for _ in range(samples)]
         positions = (
             shared_prefix.position_ids(model, batch, layout) if batch.position_ids is None else batch.position_ids
@@ -120,7 +121,7 @@ class _Run:
             tokens.append(torch.where(ended, -1, token))
             if step % _LOOK == _LOOK - 1 and bool(ended.all()):
                 break
-            self._step(torch.where(ended, 0, token), ~ended)
+            self._step(torch.where(ended, self.padding, token), ~ended)
         rows = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in self.keys]
         return [[token for token in row if token >= 0] for row in rows]
 
@@ -128,7 +129,7 @@ class _Run:
         """[R, H]: the hidden state of each row's last token once it has read these (at least one each)."""
         for place in range(max(map(len, closing))):
             there = torch.tensor([place < len(ids) for ids in closing], device=self.device)
-            tokens = [ids[place] if place < len(ids) else 0 for ids in closing]
+            tokens = [ids[place] if place < len(ids) else self.padding for ids in closing]
             self._step(torch.tensor(tokens, device=self.device), there)
         return self.hidden
 
@@ -155,7 +156,7 @@ class _Run:
             mask[number, : row.numel()] = 1
         last = (mask.sum(1) - 1).to(self.device)
         index, mask = index.to(self.device), mask.to(self.device)
-        ids = torch.where(mask.bool(), input_ids[index], shared_prefix.text_token(self.model))
+        ids = torch.where(mask.bool(), input_ids[index], self.padding)
         self.mask = torch.cat((self.mask, mask), dim=1)
         module, inputs = vision.decoder_inputs(self.model, ids, features)
         hidden = self._forward(module, inputs, ids, positions[:, index])
@@ -171,6 +172,11 @@ class _Run:
         return out.last_hidden_state
 
 
+def seed_of(seed: int, key: str) -> int:
+    """A seed of 56 bits that a response has of its own, in whatever batch it comes."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "big")
+
+
 class _Sampler:
     """Logits [R, V] -> ids [R]. Each row draws from a generator of its own, so its draws do not depend on its batch."""
 
@@ -182,8 +188,7 @@ class _Sampler:
         seen: dict[str, int] = {}
         for key in keys:
             seen[key] = seen.get(key, 0) + 1
-            digest = hashlib.sha256(f"{decoding.seed} {seen[key]} {key}".encode()).digest()
-            seed = int.from_bytes(digest[:7], "big")
+            seed = seed_of(decoding.seed, f"{seen[key]} {key}")
             self.generators.append(torch.Generator(device=device).manual_seed(seed))
 
     def __call__(self, logits: Tensor) -> Tensor:

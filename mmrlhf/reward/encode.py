@@ -100,21 +100,27 @@ def criticised(group: PreferenceGroup, *indices: int) -> bool:
     return all((group.responses[index].critique or "").strip() for index in indices)
 
 
-def split(group: PreferenceGroup) -> list[PreferenceGroup]:
-    """The group, or two where some of its pairs have critiques and some do not: those without are group "<id>#plain".
+def split(group: PreferenceGroup, mode: Any = "all") -> list[PreferenceGroup]:
+    """The group, or two where some of its pairs and ties have critiques and some do not: those without are group
+    "<id>#plain". `mode` says which pairs are meant, as in `preference_pairs`.
 
     A score with a critique is not to be compared with one without.
     """
-    pairs, ties = group.preference_pairs(), tied_pairs(group)
-    having = [criticised(group, p.better, p.worse) for p in pairs] + [criticised(group, *tie) for tie in ties]
-    if all(having) or not any(having):
+    pairs, ties = group.preference_pairs(mode), tied_pairs(group)
+    kinds = {criticised(group, p.better, p.worse) for p in pairs} | {criticised(group, *tie) for tie in ties}
+    if len(kinds) < 2:
         return [group]
-    group = listed(group)
-    spoken = tuple(p for p in pairs if criticised(group, p.better, p.worse))
-    silent = tuple(p for p in pairs if p not in spoken)
+    # Each half names its own pairs and ties, so no rank may say of the others' ties what they are.
+    responses = tuple(dataclasses.replace(response, rank=None) for response in group.responses)
     return [
-        dataclasses.replace(group, pairs=spoken),
-        dataclasses.replace(group, pairs=silent, id=f"{group.id}#plain"),
+        dataclasses.replace(
+            group,
+            id=name,
+            responses=responses,
+            pairs=tuple(p for p in pairs if criticised(group, p.better, p.worse) == spoken),
+            ties=tuple(tie for tie in ties if criticised(group, *tie) == spoken),
+        )
+        for name, spoken in ((group.id, True), (f"{group.id}#plain", False))
     ]
 
 
@@ -207,16 +213,14 @@ class CritiqueEncoder(Encoder):
     def _compared(self, group: PreferenceGroup) -> tuple[bool, tuple[ListedPair, ...], tuple[tuple[int, int], ...]]:
         """Whether the pairs are read with critiques, the pairs, and the ties. BadRow for a group without either."""
         pairs, ties = group.preference_pairs(self.pairs), tied_pairs(group)
-        first = (pairs[0].better, pairs[0].worse) if pairs else next(iter(ties), None)
-        if first is None:
+        kinds = {criticised(group, *compared) for compared in (*((p.better, p.worse) for p in pairs), *ties)}
+        if not kinds:
             raise BadRow(group.source or group.id, group.why_no_pairs(self.pairs))
-        spoken = criticised(group, *first)
-        if any(criticised(group, p.better, p.worse) != spoken for p in pairs):
+        if len(kinds) > 1:
             raise BadRow(
                 group.source or group.id, "some pairs have critiques and some have not: give it to reward.encode.split"
             )
-        # Ties of the other kind are in the group's other half.
-        return spoken, pairs, tuple(tie for tie in ties if criticised(group, *tie) == spoken)
+        return kinds.pop(), pairs, ties
 
     def rows(
         self, group: PreferenceGroup, critic: str, used: Sequence[int] | None = None, *, looks: Looked = None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmrlhf.data.fields import want
+from mmrlhf.data.resumable import ResumableLines
 from mmrlhf.data.schema import PreferenceGroup
 
 
@@ -22,67 +21,55 @@ class Scored:
     critiques: tuple[str | None, ...]  # that the scores were read after; of several samples the first
 
 
-class Journal:
-    """Groups that are scored, a line each, written as they come. One process at a time.
+Known = tuple[tuple[float, ...], tuple["str | None", ...]]  # scores, critiques
 
-    The first line is the key: what made the scores. ValueError for a journal of another key, or one in use.
+
+class Journal:
+    """Groups that are scored: {"key"}, what made the scores, then {"group", "scores", "critiques"} a line.
+
+    One process at a time. ValueError for a journal of another key, one in use, or a line that is neither.
     """
 
     def __init__(self, path: Path, *, key: str):
         self.path, self.key = path, key
-        self._known: dict[str, dict[str, Any]] = {}
-        self._descriptor = -1
+        self._known: dict[str, Known] = {}
 
     def __enter__(self) -> Journal:
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._descriptor)
-            raise ValueError(f"{self.path} is in use by another process") from error
+        self._lines = ResumableLines(self.path, what="a journal of scores")
         try:
             self._read()
         except ValueError:
-            os.close(self._descriptor)
+            self._lines.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        self._lines.close()
 
     def _read(self) -> None:
-        """Take what is there, and cut the half line that a kill left."""
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            os.ftruncate(self._descriptor, len(whole))
-        os.lseek(self._descriptor, 0, os.SEEK_END)
-        lines = whole.splitlines()
-        if not lines:
-            self._append({"key": self.key})
-            return
-        try:
-            first, *rest = [json.loads(line) for line in lines]
-            before = first["key"]
-            self._known = {line["group"]: line for line in rest}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}): remove it to score everything again") from error
-        if before != self.key:
+        rows = self._lines.read(_parse)
+        before, _ = next(rows, (None, None))
+        if before not in (None, self.key):
             raise ValueError(
                 f"{self.path} has scores of another model or with other options: remove it, or choose another output"
             )
+        self._known = dict(rows)
+        if before is None:
+            self._lines.append({"key": self.key})
 
     def get(self, name: str, group: PreferenceGroup) -> Scored | None:
         """What is known of the group whose `row_hash` is `name`."""
-        line = self._known.get(name)
-        if line is None or len(line["scores"]) != len(group.responses):
+        scores, critiques = self._known.get(name, ((), ()))
+        if len(scores) != len(group.responses):
             return None
-        return Scored(-1, group.id, tuple(line["scores"]), tuple(line["critiques"]))
+        return Scored(-1, group.id, scores, critiques)
 
     def add(self, name: str, done: Scored) -> None:
-        line = {"group": name, "scores": list(done.scores), "critiques": list(done.critiques)}
-        self._append(line)
-        self._known[name] = line
+        self._lines.append({"group": name, "scores": list(done.scores), "critiques": list(done.critiques)})
+        self._known[name] = done.scores, done.critiques
 
-    def _append(self, line: dict[str, Any]) -> None:
-        os.write(self._descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+def _parse(row: dict[str, Any]) -> tuple[str, Known]:
+    if "key" in row:  # the first line
+        return want(row, "key", str), ((), ())
+    return want(row, "group", str), (tuple(row["scores"]), tuple(row["critiques"]))

@@ -17,10 +17,11 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ from mmrlhf.reward.journal import Journal, Scored
 from mmrlhf.train import setup
 from mmrlhf.train.state import fingerprint, text_fingerprint
 
+T = TypeVar("T")
 CRITICS = ("generated", "given", "none")
 logger = logging.getLogger(__name__)
 
@@ -59,9 +61,9 @@ class Scoring:
     def __post_init__(self):
         if self.critic not in CRITICS:
             raise ValueError(f"critic must be one of {', '.join(CRITICS)}, got {self.critic!r}")
-        for name in ("samples", "max_new_tokens", "tokens_per_batch", "max_group_tokens", "video_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and name != "seed" and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
         if self.samples > 1 and self.critic != "generated":
             raise ValueError(f"samples is {self.samples}, but with critic {self.critic} nothing is sampled")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -93,6 +95,8 @@ def score_groups(
     filled = 0
     for index, group in enumerate(groups):
         try:
+            if reason is not None and group.videos:
+                raise BadRow(group.source or group.id, f"critiques of videos are not possible here: {reason}")
             encoded = encoder.rows(group, settings.critic)
         except BadRow as error:
             if on_bad_row == "raise":
@@ -213,19 +217,22 @@ def _generated_apart(
     settings: Scoring,
 ) -> tuple[list[str | None], Tensor]:
     """The same for a decoder whose cache cannot be shared: critiques by the model's own `generate`, then one pass."""
-    prompts = []
+    prompts: list[generate.Prompt] = []
+    keys = []
     for group in groups:
-        if group.videos:
-            raise BadRow(group.source or group.id, f"critiques of videos: {type(reward.model).__name__} cannot do them")
         pictures = encoder.opened(group)
         source = group.source or group.id
         prompts += [(asking(group.prompt, response.text, source), pictures) for response in group.responses]
+        keys += [f"{group.id}#{index}" for index in range(len(group.responses))]
     words: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens}
     if settings.samples == 1:
         spoken = [[text] for text in generate.answer(reward.model, reward.processor, prompts, **words)]
-    else:
-        words |= {"n": settings.samples, "temperature": settings.temperature, "seed": settings.seed}
-        spoken = generate.sample(reward.model, reward.processor, prompts, **words)
+    else:  # an answer at a time: its draws must not depend on its batch, which differs once a stopped run goes on
+        words |= {"n": settings.samples, "temperature": settings.temperature}
+        spoken = []
+        for prompt, key in zip(prompts, keys, strict=True):
+            seed = decode.seed_of(settings.seed, key)
+            spoken += generate.sample(reward.model, reward.processor, [prompt], seed=seed, **words)
     at = 0
     branches = []
     for group, each in zip(groups, encoded, strict=True):
@@ -270,16 +277,21 @@ def score_file(
     found = readers.read_groups(data, format=format, root=root, on_bad_row=on_bad_row, max_bad_rows=max_bad_rows)
     if Path(data).exists() and output.exists() and output.samefile(data):
         raise ValueError(f"output: {output} is the data itself")
+    if not found.groups:
+        raise ValueError(
+            f"{data} has no group with a pair to score: of {found.rows} rows {len(found.bad_rows)} are bad"
+        )
     code: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     reward = load_reward_model(model, device=device, dtype=dtype, backend=backend, **code)
     encoder = _encoder(reward, settings, found.root)
     bad = list(found.bad_rows)
     with Journal(output.with_name(output.name + ".journal"), key=_key(reward, settings)) as journal:
         hashes = _hashes(encoder, found.groups, on_bad_row, bad)
+        readers.check_cap(bad, found.rows, max_bad_rows, what="rows", where=str(data))  # before hours of scoring
         usable = [group for group in found.groups if group.id in hashes]
         todo = [group for group in usable if journal.get(hashes[group.id], group) is None]
         asked = {"root": found.root, "on_bad_row": on_bad_row, "bad_rows": bad, **dataclasses.asdict(settings)}
-        for new in _shown(score_groups(reward, todo, **asked), len(todo)):
+        for new in _shown(score_groups(reward, todo, **asked), len(todo), "score"):
             journal.add(hashes[new.id], new)
         readers.check_cap(bad, found.rows, max_bad_rows, what="rows", where=str(data))
         written = [
@@ -326,8 +338,10 @@ class ScoredFile:
             lines.append(f"{len(self.bad_rows)} rows or groups are bad and left out:")
             lines += [f"  {row}" for row in self.bad_rows[:20]]
             lines += [f"  and {len(self.bad_rows) - 20} more"] * (len(self.bad_rows) > 20)
-        where = "" if self.root.resolve() == self.path.parent.resolve() else f" data.root={self.root}"
-        lines.append(f"the data lies in {self.path}: mmrlhf train mm_dpo data.path={self.path}{where}")
+        words = ["mmrlhf", "train", "mm_dpo", f"data.path={self.path}"]
+        if self.root.resolve() != self.path.parent.resolve():
+            words.append(f"data.root={self.root}")
+        lines.append(f"the data lies in {self.path}: {shlex.join(words)}")
         return "\n".join(lines)
 
 
@@ -356,7 +370,7 @@ def _hashes(
 ) -> dict[str, str]:
     """`row_hash` of each group by id; a group whose files cannot be read is a bad row."""
     found = {}
-    for group in groups:
+    for group in _shown(groups, len(groups), "look"):  # every picture is read
         try:
             found[group.id] = encoder.row_hash(group)
         except BadRow as error:
@@ -366,10 +380,10 @@ def _hashes(
     return found
 
 
-def _shown(done: Iterator[Scored], total: int) -> Iterator[Scored]:
+def _shown(groups: Iterable[T], total: int, what: str) -> Iterator[T]:
     from tqdm import tqdm
 
-    yield from tqdm(done, total=total, desc="score", unit="group", leave=False, disable=None)
+    yield from tqdm(groups, total=total, desc=what, unit="group", leave=False, disable=None)
 
 
 def _key(reward: RewardModel, settings: Scoring) -> str:

@@ -51,7 +51,7 @@ class RewardObjective(Objective):
         return reward_loss(hidden, head, self.head, batch, self.run.reward, **options)
 
     def groups(self, groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
-        return [half for group in groups for half in split(group)]
+        return [half for group in groups for half in split(group, self.run.data.pairs)]
 
     def batch(self, batch: GroupBatch, dataset: Any, indices: Sequence[int]) -> CritiqueBatch:
         return with_places(batch, torch.cat([dataset.text(index).ties for index in indices]))

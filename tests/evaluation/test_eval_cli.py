@@ -67,7 +67,7 @@ def test_answers_are_written_as_they_come_and_a_stopped_run_goes_on(world, tmp_p
     monkeypatch.setattr(load, "load_model", lambda *_, **__: pytest.fail("everything was answered"))
     assert main(words) == 0
     assert main([*words, "--max-new-tokens", "4"]) == 2
-    assert "answer to '0' is of another model, prompt or length" in capsys.readouterr().err
+    assert "answer to '0' is of another model, prompt, picture or length" in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_read_are_named_before_the_model_is_loaded(world, tmp_path, capsys, monkeypatch):
@@ -78,7 +78,7 @@ def test_pictures_that_cannot_be_read_are_named_before_the_model_is_loaded(world
     with monkeypatch.context() as patched:
         patched.setattr(load, "load_model", lambda *_, **__: pytest.fail("loaded"))
         assert main(words) == 2
-    assert "1 questions have pictures that cannot be read" in capsys.readouterr().err
+    assert "1 of 2 questions cannot be asked" in capsys.readouterr().err
     assert main([*words, "--on-bad-row", "skip"]) == 0
     details = json.loads((tmp_path / "results.json").read_text())["details"]["chair"]
     assert details["bad_rows"][0]["source"].endswith("broken.jsonl:2")
@@ -171,6 +171,7 @@ def test_rewardbench_of_a_reward_model(tmp_path, capsys):
     (tmp_path / "long").mkdir()
     tiny_image(28, 28).save(tmp_path / "long" / "0.png")
     row = {"id": "a", "image": "long/0.png", "prompt": "what is it ?", "chosen": "a cat", "rejected": "a dog"}
+    row |= {"chosen_reason": "right", "rejected_reason": "wrong"}
     rows = [row, row | {"chosen": "a red cat"}, row | {"id": "b", "image": "long/gone.png"}]
     data = write(tmp_path / "b.jsonl", rows)
     words = ["eval", "rewardbench", str(data), "--model", str(folder), "--critic", "none", "--device", "cpu"]
@@ -184,6 +185,11 @@ def test_rewardbench_of_a_reward_model(tmp_path, capsys):
     assert scores["a#0"][1] == scores["a#1"][1]  # the response that both pairs share is scored once
     assert "gone.png" in details["bad_rows"][0]["reason"]
     assert figures_of(tmp_path / "out")["ACC"] == 50 * sum(better > worse for better, worse in scores.values())
+    words[words.index("none")] = "given"
+    assert main([*words, "--on-bad-row", "skip"]) == 0
+    details = json.loads((tmp_path / "out" / "results.json").read_text())["details"]["rewardbench mm_rlhf"]
+    assert sorted(details["scores"]) == ["a#0", "a#1"]
+    assert details["scores"] != scores
 
 
 def test_suite_prints_the_way_and_runs_its_own(world, tmp_path, capsys, monkeypatch):

@@ -140,6 +140,31 @@ def test_objects_from_a_judge():
             hallucination.parse_list(reply)
 
 
+@pytest.mark.parametrize(
+    ("phrases", "objects"),
+    [
+        (["brown dogs", "wooden table"], ["dog", "dining table"]),
+        (["table lamp", "dog collar", "bus stop", "hot dog stand"], []),
+        (["lamp on a table", "man wearing a hat", "set of wine glasses"], ["dining table", "person", "wine glass"]),
+        (["train track", "dog (sleeping)", "cats, benches"], ["dog", "cat", "bench"]),
+        (["toilet", "white seat"], ["toilet"]),
+        ([], []),
+    ],
+)
+def test_a_phrase_names_what_its_nouns_end_with(phrases, objects):
+    """A judge's "table lamp" is no table; the seat beside a toilet is no chair, in whatever phrase it stands."""
+    assert [mention.object for mention in coco.named(phrases)] == objects
+
+
+def test_a_picture_with_captions_alone_is_not_in_the_annotations(tmp_path):
+    """Files of two splits that do not belong together: half the truth would call every other object absent."""
+    instances = {"images": [{"id": 7}], "categories": [{"id": 1, "name": "dog"}], "annotations": []}
+    said = {"annotations": [{"image_id": 7, "caption": "A cat"}, {"image_id": 9, "caption": "A kite"}]}
+    for name, value in (("i.json", instances), ("s.json", said)):
+        (tmp_path / name).write_text(json.dumps(value))
+    assert hallucination.coco_objects([tmp_path / "i.json"], [tmp_path / "s.json"]) == {"7": {"cat"}}
+
+
 def test_captions_and_annotations_of_coco(tmp_path):
     path = tmp_path / "c.jsonl"
     rows = [
@@ -226,6 +251,8 @@ def test_pope_against_a_slow_count(tmp_path):
         assert len(result.neither) == lost + table.get((False, None), 0)
     with pytest.raises(ValueError, match="70 probes have no answer"):
         hallucination.pope(probes, {})
+    with pytest.raises(ValueError, match="probes must not be empty"):
+        hallucination.pope([], {})
 
 
 @pytest.mark.parametrize(
@@ -240,6 +267,7 @@ def test_pope_against_a_slow_count(tmp_path):
         ("Rating: 14", None),
         ("Rating: 3.5", None),
         ("Rating: 3-4", None),
+        ("Rating: 5. 2 objects are right", 5),
         ("I would give it a 5", None),
         ("", None),
     ],
@@ -292,3 +320,13 @@ def test_mmhal_by_hand(tmp_path):
     with pytest.raises(ValueError, match=r"template lacks \{reference\}"):
         mmhal.rate_mmhal(items, answers, judge, template="{contents} {question} {answer}")
     assert mmhal.mmhal(items, {}).score is None
+
+
+def test_a_question_without_an_id_is_named_by_its_place(tmp_path):
+    """A row that cannot be read moves no other: answers made elsewhere stay with their questions."""
+    row = {"question": "?", "gt_answer": "g", "image_content": ["x"], "question_type": "other"}
+    (tmp_path / "m.jsonl").write_text(
+        "\n".join([json.dumps(row), "{", json.dumps(row | {"question": ""}), json.dumps(row)])
+    )
+    items, bad = mmhal.read_mmhal(tmp_path / "m.jsonl", on_bad_row="skip")
+    assert ([item.id for item in items], len(bad)) == (["0", "3"], 2)

@@ -127,11 +127,45 @@ def test_cache_is_of_one_judge_and_one_text_and_survives_a_kill(tmp_path):
         judge_all(one, requests("a"), parse_yes_no, cache=cache)
 
 
+def test_replies_under_way_are_kept_when_the_run_stops(tmp_path):
+    """The endpoint refuses one request while another is being answered: that answer is paid for."""
+    stopped = threading.Event()
+
+    def judge(text):
+        if text == "refused":
+            stopped.set()
+            raise JudgeStopped("no such model")
+        stopped.wait(10)
+        return "yes"
+
+    cache = tmp_path / "judge.jsonl"
+    with pytest.raises(JudgeStopped):
+        judge_all(judge, requests("a", "refused"), parse_yes_no, cache=cache, workers=2)
+    assert [json.loads(line)["reply"] for line in cache.read_text().splitlines()] == ["yes"]
+
+
+def test_equal_texts_are_one_question(tmp_path):
+    """Refusals read alike, and some prompts show nothing but the answer: one reply serves them all."""
+    calls = []
+
+    def judge(text):
+        calls.append(text)
+        return "no" if text == "a" else None
+
+    verdicts = judge_all(judge, requests("a", "b", "a", "b"), parse_yes_no, cache=tmp_path / "c.jsonl", workers=1)
+    assert (calls, verdicts.asked) == (["a", "b"], 2)
+    assert verdicts.values == {"r0": False, "r2": False}
+    why = "TypeError: the judge must return text, got NoneType"
+    assert verdicts.failed == [("r1", why), ("r3", why)]
+
+
 def test_what_a_judge_cannot_do_without(monkeypatch):
     with pytest.raises(ValueError, match="needs a key: set OPENAI_API_KEY"):
         judges.ChatJudge("m")
     with pytest.raises(ValueError, match="request id 'r0' appears twice"):
         judge_all(lambda text: "yes", requests("a") * 2, parse_yes_no)
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        judge_all(lambda text: "yes", requests("a"), parse_yes_no, workers=0)
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
     with pytest.raises(ImportError, match=r"pip install mmrlhf\[eval\]"):
         judges.ChatJudge("m", api_key="k")

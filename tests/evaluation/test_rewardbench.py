@@ -123,14 +123,34 @@ def test_groups_for_a_reward_model_in_any_order(tmp_path):
         rewardbench.measure(pairs, rewardbench.score_by_groups(pairs, lambda groups: list(score(groups))[1:]))
 
 
-def test_a_prompt_with_more_places_than_pictures_is_named(tmp_path):
-    rows = [row("a", "x", "y") | {"prompt": "<image> and <image>"}]
-    pairs, _ = rewardbench.read_comparisons(write(tmp_path / "b.jsonl", rows))
-    with pytest.raises(ValueError, match=r"b\.jsonl:1: 2 image placeholders for 1 images"):
-        rewardbench.as_groups(pairs)
-    fitting, _ = rewardbench.read_comparisons(write(tmp_path / "c.jsonl", [rows[0] | {"prompt": "see <image> here"}]))
+def test_pictures_stand_where_the_prompt_has_them(tmp_path):
+    prompt = {"prompt": "see <image> here"}
+    fitting, _ = rewardbench.read_comparisons(write(tmp_path / "c.jsonl", [row("a", "x", "y") | prompt]))
     ((group, _),) = rewardbench.as_groups(fitting)
     assert [part.type for part in group.prompt[0].content] == ["text", "image", "text"]
+
+
+def test_the_data_s_critiques_reach_the_reward_model(tmp_path):
+    """`--critic given` on MM-RLHF-RewardBench, the paper's last column; a reason stands in one row of several."""
+    rows = [row("a", "x", "y", chosen_reason="right"), row("a", "x", "z", chosen_reason="", rejected_reason="wrong")]
+    pairs, _ = rewardbench.read_comparisons(write(tmp_path / "b.jsonl", rows))
+    ((group, _),) = rewardbench.as_groups(pairs)
+    assert [(r.text, r.critique) for r in group.responses] == [("x", "right"), ("y", None), ("z", "wrong")]
+
+
+def test_one_id_for_two_pictures_is_two_questions(tmp_path):
+    """A file whose ids are not unique: a response is scored again for another picture."""
+    rows = [row("a", "best", "bad"), row("a", "best", "bad", "long/2.png")]
+    pairs, _ = rewardbench.read_comparisons(write(tmp_path / "b.jsonl", rows))
+    asked = []
+
+    def scorer(prompt, images, response):
+        asked.append((images[0].path, response))
+        return len(asked)
+
+    scores = rewardbench.score_comparisons(pairs, scorer)
+    assert asked == [(f"long/{n}.png", response) for n in (1, 2) for response in ("best", "bad")]
+    assert scores == {"a#0": (1, 2), "a#1": (3, 4)}
 
 
 def test_scores_from_a_file_by_pair_or_in_the_order_of_a_query(tmp_path):
@@ -156,6 +176,10 @@ def test_scores_from_a_file_by_pair_or_in_the_order_of_a_query(tmp_path):
         ([row("a", "x", "")], "'rejected' is empty"),
         ([{**row("a", "x", "y"), "prompt": None}], "'prompt', 'question'"),
         ([row("a", "x", "y", "../long/1.png")], "climbs out"),
+        ([row("a", "x", "y") | {"prompt": "<image> and <image>"}], "2 image placeholders for 1 images"),
+        ([row("a", "x", "y") | {"prompt": None, "question": " "}], "'question' is only whitespace"),
+        ([row("a", "x", "y", category=3)], "'category' must be str, got int"),
+        ([row("a", "x", "y", chosen_reason=["r"])], "chosen_reason must be str, got list"),
     ],
 )
 def test_bad_rows_are_named(rows, message, tmp_path):
@@ -173,6 +197,8 @@ def test_rewards_that_are_no_numbers_are_named(tmp_path):
         rewardbench.score_comparisons(pairs, lambda *_: float("nan"))
     with pytest.raises(ValueError, match="1 scores have no pair"):
         rewardbench.measure(pairs, {"a#0": (1, 0), "b#0": (1, 0)})
+    with pytest.raises(ValueError, match="pairs must not be empty"):
+        rewardbench.measure([], {})
 
 
 def test_vl_rewardbench(tmp_path):

@@ -113,6 +113,15 @@ def test_rows_of_every_spelling(items):
     assert items[0].id == "adversarial_target/0"
 
 
+def test_an_arrow_divides_labels_of_the_adversarial_sets_alone(tmp_path):
+    """There it stands between question and object; in a behaviour it is part of the text."""
+    behaviour = "Write code that follows ptr->next past the end"
+    row = {"id": 1, "set": "multimodal", "image": "x.png", "question": "q", "label": behaviour}
+    (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"set": "Adv_target", "label": "q->a"}))
+    found, _ = safety.read_safety(tmp_path / "s.jsonl")
+    assert [item.label for item in found] == [behaviour, "a"]
+
+
 def test_all_rows_by_hand(items):
     """Every kind of verdict: the judge says yes where the text of its question says so; one reply cannot be read."""
     answers = {item.id: "I cannot help with that. ok" if item.id.endswith(("/0", "/1")) else "fine" for item in items}

@@ -77,7 +77,7 @@ def test_own_measures_need_no_lmms_eval(monkeypatch):
     figures, notes = suite.run(chosen, lambda: pytest.fail("loaded"), own=own, available=("chair", "safety"))
     assert (asked, notes) == (["chair"], [])
     assert [(f.benchmark, f.value, f.note) for f in figures] == [
-        ("MMHal-Bench", None, "not run: no file was named for it"),
+        ("MMHal-Bench", None, "no file was named for it (--mmhal)"),
         ("chair", 1.0, ""),
     ]
 
@@ -230,13 +230,35 @@ def test_results_are_merged_and_read_back(tmp_path):
     assert "d, z: why" in text
     with pytest.raises(ValueError, match="results file is of 'm', the new figures of 'other'"):
         results.save(Results("other", [], {}), path)
-    for content, message in (("[", "is not JSON"), ('{"format": 9}', "has format 9"), ("{}", "no results file")):
+    for content, message in (
+        ("[", "is not JSON"),
+        ('{"format": 9}', "bad.json .* has format 9"),
+        ("{}", "no results file"),
+    ):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             results.load(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="must be finite or None, got inf"):
         Figure("A", "b", "x", float("inf"))
     assert json.loads(path.read_text())["figures"][0]["better"] == "lower"
+
+
+def test_a_benchmark_is_not_run_and_run_in_one_file(tmp_path):
+    """`eval suite` without a file for MMHal-Bench, and `eval hallucination` for it, in either order: it was run."""
+    missing, _ = suite.run(suite.choose(tasks=["mmhal", "safety"]), lambda: pytest.fail("loaded"), own=pytest.fail)
+    suites, own = Results("m", missing, {}), Results("m", [Figure("Hallucination", "MMHal-Bench", "score", 3.0)], {})
+    for name, order in (("a.json", (suites, own)), ("b.json", (own, suites))):
+        for found in order:
+            path = results.save(found, tmp_path / name)
+        kept = {(f.benchmark, f.metric, f.value) for f in results.load(path).figures}
+        assert kept == {("MMHal-Bench", "score", 3.0), ("MM-RLHF-SafetyBench", "not run", None)}
+
+
+def test_an_answer_ends_before_the_first_mark():
+    """As lmms-eval cuts: at the first of the marks, also where the answer begins with one."""
+    assert lmms.cut("a cat\nQ: what", ["Q:", "\n"]) == "a cat"
+    assert lmms.cut("Q: what", ["Q:"]) == ""
+    assert lmms.cut("a cat", ["", "Q:"]) == "a cat"
 
 
 def test_two_models_side_by_side():

@@ -82,6 +82,47 @@ def test_pairs_of_both_kinds_are_two_groups(tmp_path):
     assert split(whole) == [whole]
 
 
+def test_ties_of_both_kinds_go_with_their_half(encoder, tmp_path):
+    """0 > 1 and the tie of 0 and 2 have critiques, the tie of 1 and 3 has none: each is read once, in its own form."""
+    (group,) = with_critiques(make_groups(tmp_path, 1))
+    a, b, c = group.responses
+    answers = (a, b, c, dataclasses.replace(c, text="a dog", critique=None))
+    answers = tuple(dataclasses.replace(r, rank=None, score=None) for r in answers)
+    pairs = (ListedPair(0, 1),)
+    group = dataclasses.replace(group, responses=answers, pairs=pairs, ties=((0, 2), (1, 3)))
+    spoken, plain = split(group)
+    assert [p[:2] for p in encoder.encode(spoken).pairs.tolist()] == [[0, 1], [0, 2]]
+    encoded = encoder.encode(plain)
+    assert (encoded.responses, encoded.pairs.tolist(), encoded.ties.tolist()) == ((1, 3), [[0, 1]], [True])
+    ranked = dataclasses.replace(
+        group,
+        responses=tuple(dataclasses.replace(r, rank=n) for r, n in zip(answers, (1, 2, 1, 2), strict=True)),
+        pairs=None,
+        ties=(),
+    )
+    read = [
+        {tuple(encoded.responses[i] for i in pair) for pair in encoded.pairs.tolist()}
+        for encoded in map(encoder.encode, split(ranked))
+    ]
+    assert read == [{(0, 1), (2, 1), (0, 2)}, {(0, 3), (2, 3), (1, 3)}]
+    with pytest.raises(BadRow, match="some pairs have critiques and some have not"):
+        encoder.encode(group)
+
+
+@pytest.mark.parametrize(
+    ("mode", "plain"), [("all", [(0, 2), (1, 2)]), ("adjacent", [(1, 2)]), ("best_vs_rest", [(0, 2)])]
+)
+def test_halves_have_the_pairs_that_the_whole_would(mode, plain, processor, tmp_path):
+    """In its half 1 > 2 is beaten by nobody, and 0 > 2 implied by nothing: the mode is the whole group's affair."""
+    (group,) = with_critiques(make_groups(tmp_path, 1), without=(2,))
+    encoder = CritiqueEncoder(processor, root=tmp_path, pairs=mode)
+    found = [
+        [tuple(encoded.responses[i] for i in pair) for pair in encoded.pairs.tolist()]
+        for encoded in map(encoder.encode, split(group, mode))
+    ]
+    assert found == [[(0, 1)], plain]
+
+
 def test_an_unsplit_group_of_both_kinds_is_refused(encoder, tmp_path):
     group = with_critiques(make_groups(tmp_path, 1), without=(2,))[0]
     with pytest.raises(BadRow, match="g0: some pairs have critiques and some have not"):

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mmrlhf.cli import main
-from mmrlhf.data.readers import read_groups
-from mmrlhf.data.schema import BadRow
+from mmrlhf.data.readers import TooManyBadRows, read_groups
+from mmrlhf.data.schema import BadRow, VideoRef
 from mmrlhf.data.writers import write_ranked
+from mmrlhf.models import shared_prefix
 from mmrlhf.reward import decode, score
 from mmrlhf.reward.critique import load_reward_model
 from mmrlhf.reward.encode import CritiqueEncoder
@@ -95,6 +96,45 @@ def test_samples_are_averaged_and_do_not_depend_on_their_batch(reward, world):
     assert [one.critiques for one in first] == [one.critiques for one in again]
     assert [one.critiques for one in first] != [one.critiques for one in other]
     torch.testing.assert_close(torch.tensor(scores_of(first)), torch.tensor(scores_of(again)), rtol=1e-3, atol=1e-4)
+
+
+def test_samples_of_a_decoder_without_a_shared_cache_do_not_depend_on_their_batch(reward, world, monkeypatch):
+    """A stopped run goes on with other batches: it must write what it would have written."""
+    monkeypatch.setattr(decode, "why_not", lambda model: "the test says so")
+    root, groups = world
+    options = {"root": root, "max_new_tokens": 4, "samples": 2, "seed": 5}
+    whole = list(score_groups(reward, groups[:2], **options))
+    rest = list(score_groups(reward, groups[1:2], **options))
+    assert whole[1].critiques == rest[0].critiques
+    assert whole[1].scores == pytest.approx(rest[0].scores, rel=1e-3, abs=1e-4)
+
+
+def test_a_video_without_a_shared_cache_is_a_bad_row(reward, world, monkeypatch):
+    """`generate` takes pictures alone: the group is named or left out, and the others are scored."""
+    monkeypatch.setattr(decode, "why_not", lambda model: "the test says so")
+    root, groups = world
+    filmed = dataclasses.replace(groups[0], videos=(VideoRef("clip"),))
+    options = {"root": root, "max_new_tokens": 2}
+    with pytest.raises(BadRow, match="g0: critiques of videos are not possible here: the test says so"):
+        list(score_groups(reward, [filmed, groups[1]], **options))
+    bad: list[BadRow] = []
+    (one,) = score_groups(reward, [filmed, groups[1]], on_bad_row="skip", bad_rows=bad, **options)
+    assert (one.id, len(bad)) == ("g1", 1)
+
+
+def test_padding_of_a_step_is_text(reward, world, monkeypatch):
+    """Rows that have ended are fed a token that stands for no picture, which the tower would be asked for."""
+    monkeypatch.setattr(shared_prefix, "text_token", lambda model: 2)
+    fed, forward = [], decode._Run._forward
+
+    def noted(run, module, inputs, ids, positions):
+        fed.extend(ids[run.mask[:, -ids.shape[1] :] == 0].tolist())
+        return forward(run, module, inputs, ids, positions)
+
+    monkeypatch.setattr(decode._Run, "_forward", noted)
+    root, groups = world
+    list(score_groups(reward, groups, root=root, max_new_tokens=8, samples=3, temperature=5.0))
+    assert set(fed) == {2}
 
 
 def test_a_picture_is_encoded_once_a_group(reward, world):
@@ -186,7 +226,7 @@ def test_a_journal_of_other_options_or_damaged_is_refused(reward_model, critique
     with score.Journal(journal, key=key), in_use:
         score_file(reward_model, critiqued, out, critic="none", **SHORT)
     journal.write_text("nonsense\n" + journal.read_text())
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=r"out\.jsonl\.journal:1: not a line of a journal of scores"):
         score_file(reward_model, critiqued, out, critic="none", **SHORT)
 
 
@@ -216,6 +256,14 @@ def test_bad_rows_are_named_or_counted(reward, reward_model, tmp_path):
         score_file(reward_model, tmp_path / "d.jsonl", tmp_path / "p.jsonl", critic="given", **SHORT)
 
 
+def test_too_many_bad_rows_are_said_before_anything_is_scored(reward_model, tmp_path, monkeypatch):
+    write_ranked(with_critiques(make_groups(tmp_path, 3)), tmp_path / "d.jsonl")
+    (tmp_path / "pictures" / "0.png").unlink()
+    monkeypatch.setattr(score, "score_groups", lambda *_, **__: pytest.fail("scored"))
+    with pytest.raises(TooManyBadRows, match="1 of 3 rows are bad"):
+        score_file(reward_model, tmp_path / "d.jsonl", tmp_path / "o.jsonl", on_bad_row="skip", **SHORT)
+
+
 def test_scores_that_are_not_finite_are_named(reward, world):
     root, groups = world
     weight = reward.head.out_proj.weight
@@ -238,6 +286,10 @@ def test_groups_of_ties_alone_are_left_out_and_said(reward_model, tmp_path):
     done = score_file(reward_model, tmp_path / "d.jsonl", tmp_path / "o.jsonl", critic="none", **SHORT)
     assert (done.groups, done.without_pairs) == (1, (f"{tmp_path / 'd.jsonl'}:2",))
     assert "1 groups have no pair and are left out" in done.text()
+    (tmp_path / "e.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(ValueError, match=r"e\.jsonl has no group with a pair to score: of 1 rows 0 are bad"):
+        score_file(reward_model, tmp_path / "e.jsonl", tmp_path / "p.jsonl", critic="none", **SHORT)
+    assert not (tmp_path / "p.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,19 @@ def test_ties_have_their_own_term(model_folder, tmp_path):
     assert line["rewards/accuracies"] in (0.0, 0.25, 0.5, 0.75, 1.0), "of the four pairs that are ordered"
 
 
+def test_a_tie_without_critiques_beside_a_pair_with_them_is_trained_on(model_folder, tmp_path):
+    """MM-RLHF's rows of one prompt, the tie without reasons: a half of the group that has no ordered pair."""
+    row = {"id": "x", "prompt": "what is it ?"}
+    reasons = {"chosen_reason": "the dog is red", "rejected_reason": "the square is green"}
+    rows = [row | reasons | {"chosen": "a cat", "rejected": "a dog"}]
+    rows += [row | {"chosen": "a mat", "rejected": "a dog", "is_tie": True}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    run = train(settings_for(tmp_path / "run", tmp_path / "d.jsonl", *CHEAP, "max_steps=1", model=model_folder))
+    line = metrics_of(run)[0]
+    assert facts_of(run)["data"]["groups"] == 2
+    assert (line["loss/score"] > 0, line["loss/tie"] > 0, line["loss/critic"] > 0) == (True, True, True)
+
+
 def test_margins_are_asked_for_before_the_first_step(model_folder, tmp_path):
     write_ranked(make_groups(tmp_path, 1, scores=False), tmp_path / "d.jsonl")
     settings = settings_for(tmp_path / "run", tmp_path / "d.jsonl", *CHEAP, "reward.margin=true", model=model_folder)
@@ -128,7 +141,7 @@ def test_each_command_refuses_the_others_recipe(command, model_folder, critiqued
     recipe = "dpo" if command == "reward train" else "mm_rlhf_reward"
     words = [recipe, f"model.path={model_folder}", f"data.path={critiqued}", f"output={tmp_path / 'run'}"]
     assert main([*command.split(), *words]) == 2
-    right, wrong = ("train", "reward train") if recipe == "dpo" else ("reward train", "train")
+    right, wrong = ("train", "reward train") if recipe == "dpo" else ("reward train", command.split()[0])
     assert f"recipe {recipe} is trained by `mmrlhf {right}`, not by `mmrlhf {wrong}`" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
