@@ -89,9 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("reference", _reference, "compute and keep the reference of a recipe, and nothing else"),
     ):
         command = commands.add_parser(name, help=text, description=text, parents=[debug], allow_abbrev=False)
-        command.add_argument(
-            "recipe", nargs="?", help="a YAML file, or the name of a recipe: dpo, rlhf_v, rlhf_v_released, mm_dpo"
-        )
+        text = "a YAML file, or the name of a recipe: dpo, rlhf_v, rlhf_v_released or mm_dpo (mm_rlhf_reward is for "
+        command.add_argument("recipe", nargs="?", help=f"{text}`mmrlhf reward train`)")
         command.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-6")
         if name == "train":
             text = "say what the run would do and how much memory it would take, and do nothing else"
@@ -101,7 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     text = "train as `trl dpo --config` does, on mmrlhf's collator, forward and losses"
     hosted = commands.add_parser("trl", help=text, description=text, parents=[debug], allow_abbrev=False)
     hosted.add_argument("config", help="a YAML file with the keys of `trl dpo` and of PreferenceConfig")
-    hosted.add_argument("words", nargs=argparse.REMAINDER, metavar="--key value", help="settings that go before it")
+    hosted.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="--key value", help="arguments that override the file's"
+    )
     hosted.set_defaults(run=_trl)
 
     data = commands.add_parser("data", help="look at preference data").add_subparsers(required=True, metavar="COMMAND")

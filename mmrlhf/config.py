@@ -183,7 +183,7 @@ class RewardConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = 5e-7
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, ...] = (0.9, 0.999)  # two
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup: float = 0.1  # share of the steps
@@ -197,7 +197,8 @@ class OptimConfig:
         _require(math.isfinite(self.clip) and self.clip >= 0, "optim.clip", self.clip, "0 or more")
         decay = self.weight_decay
         _require(math.isfinite(decay) and decay >= 0, "optim.weight_decay", decay, "finite and 0 or more")
-        _require(all(0.0 <= beta < 1.0 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        betas = len(self.betas) == 2 and all(0.0 <= beta < 1.0 for beta in self.betas)
+        _require(betas, "optim.betas", self.betas, "two numbers in [0, 1)")
         _require(math.isfinite(self.eps) and self.eps > 0, "optim.eps", self.eps, "finite and positive")
 
 
@@ -237,6 +238,8 @@ class TrainConfig:
 
     def __post_init__(self):
         _one_of("recipe", self.recipe, tuple(RECIPES))
+        _require(self.output != "", "output", self.output, "a folder")
+        _require(self.reference_cache != "", "reference_cache", self.reference_cache, "a folder or null")
         _require(math.isfinite(self.epochs) and self.epochs > 0, "epochs", self.epochs, "finite and positive")
         usable = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         _require(usable, "device", self.device, "auto, cpu, cuda or cuda:N")

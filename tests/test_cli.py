@@ -12,6 +12,7 @@ import pytest
 
 from mmrlhf import cli
 from mmrlhf.cli import main
+from mmrlhf.config import RECIPES
 from mmrlhf.doctor import describe
 from tiny import tiny_folder
 from tinyrun import facts_of, make_data, metrics_of
@@ -125,6 +126,11 @@ def test_reference_fills_the_cache_that_train_reads(world, tmp_path, capsys):
         (["train", "dpo", "output=OUT", "MODEL"], "data.path must name a file or a folder"),
         (["train", "dpo", "output=OUT", "MODEL", "data.path=no.jsonl"], "data.path: no.jsonl does not exist"),
         (["train", "dpo", "output=OUT", "model.path=/no/where"], "/no/where is neither a folder nor a hub id"),
+        (["train", "mm_rlhf_reward"], "is trained by `mmrlhf reward train`, not by `mmrlhf train`"),
+        (["train", "mm_rlhf_reward", "--plan"], "is trained by `mmrlhf reward train`, not by `mmrlhf train`"),
+        (["reference", "mm_rlhf_reward"], "is trained by `mmrlhf reward train`, not by `mmrlhf reference`"),
+        (["reward", "train", "dpo"], "recipe dpo is trained by `mmrlhf train`, not by `mmrlhf reward train`"),
+        (["reference", "dpo", "loss.kind=simpo", "output=OUT"], "loss.kind simpo compares with no reference"),
         (["data", "view", "no.jsonl"], "no.jsonl"),
     ],
 )
@@ -135,6 +141,15 @@ def test_what_users_get_wrong_is_one_line(words, message, world, tmp_path, capsy
     assert message in error
     assert error.strip().splitlines()[-1].startswith("mmrlhf: ")
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", ["train", "reference"])
+def test_help_names_every_recipe_and_who_trains_it(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(recipe in told for recipe in RECIPES)
+    assert "mm_rlhf_reward is for `mmrlhf reward train`" in told
 
 
 def test_debug_shows_the_traceback(capsys):

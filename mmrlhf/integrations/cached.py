@@ -11,7 +11,7 @@ streamed data sets, which have no length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def with_reference(
         path = place / f"{shard_key[:32]}.safetensors"
         # All or none: a process that reads while another one scores would leave it waiting.
         if not all(processes.gather([read_shard(path, shard_key, len(indices)) is not None])):
-            found = _split(indices, processes, lambda mine: _score(rows, mine, collator, score, batch_size))
+            found = _split(indices, processes, lambda mine: score_rows(rows, mine, collator, score, batch_size))
             if processes.writes:
                 write_shard(path, shard_key, found)
         shards.append((path, shard_key, len(indices)))
@@ -108,8 +108,10 @@ def _split(indices: range, processes: Any, work: Callable[[list[int]], list]) ->
     return [found[index] for index in indices]
 
 
-def _score(rows: _Rows, mine: list[int], collator: PreferenceCollator, score: Callable, batch_size: int) -> list:
-    """One [n] float32 tensor a row."""
+def score_rows(
+    rows: Any, mine: Sequence[int], collator: PreferenceCollator, score: Callable, batch_size: int
+) -> list[Tensor]:
+    """One [n] float32 tensor for each of the rows `mine`. ValueError naming the row for a number that is not finite."""
     found: list[Tensor] = []
     for start in range(0, len(mine), batch_size):
         packed = collator([rows[index] for index in mine[start : start + batch_size]])[BATCH]

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrlhf.integrations.cached import with_reference
+from mmrlhf.integrations.cached import score_rows, with_reference
 from mmrlhf.integrations.forward import add_forward
 from mmrlhf.integrations.objective import LossSettings, objective
-from mmrlhf.integrations.rows import BATCH, REFERENCE, PackedRows, PreferenceCollator, per_row
+from mmrlhf.integrations.rows import BATCH, REFERENCE, PackedRows, PreferenceCollator
 from mmrlhf.train.reference import reference_key
 
 
@@ -42,8 +42,9 @@ class PreferenceLossFunction:
     """What `Trainer(compute_loss_func=…)` calls; making it teaches `model` the keyword it needs.
 
     reference: a frozen model of the same family; "adapter": the PEFT model itself without its adapter (the default
-    for one); "cached": the rows' `reference_logp` (see `cache_reference`). `beta`, `beta_mode`, `loss_type`, … are
-    those of `objective.LossSettings`. Raises ValueError for a setting out of range or a reference that is not there.
+    for one); "cached": the rows' `reference_logp` (see `cache_reference`), which nothing else reads. `beta`,
+    `beta_mode`, `loss_type`, … are those of `objective.LossSettings`. Raises ValueError for a setting out of range or a
+    reference that is not there.
     """
 
     def __init__(
@@ -97,10 +98,10 @@ class PreferenceLossFunction:
 
     def _reference_logp(self, packed: PackedRows) -> Tensor:
         """[N], nats."""
-        if packed.batch.reference_logp is not None:
-            return packed.batch.reference_logp
         if self.reference == "cached":
-            raise ValueError(f'reference is "cached", but these rows have no {REFERENCE}; make it with cache_reference')
+            if packed.batch.reference_logp is None:
+                raise ValueError(f'reference is "cached", but these rows have no {REFERENCE}; see cache_reference')
+            return packed.batch.reference_logp
         if self.reference == "adapter":
             return reference_logp(self.model, packed)
         assert isinstance(self.reference, nn.Module)
@@ -135,21 +136,21 @@ def cache_reference(
     `rows` is a `datasets.Dataset` or a list of dicts, and so is what comes back. With `folder`, a Dataset's column is
     kept there, read again by later runs of the same model, rows and settings, and not held in memory. The column
     belongs to this collator's settings; another tokenizer or another cut is found out and raises BadRow. One process.
+    Raises ValueError naming the row for a log-probability that is not finite.
     """
     if not hasattr(rows, "__len__"):
         raise ValueError("rows must have a length; load a streamed data set first")
     add_forward(model, share_prefix=share_prefix)
+    score = functools.partial(reference_logp, model)
     if folder is not None:
         if not hasattr(rows, "add_column"):
             raise ValueError(f"folder needs rows as a datasets.Dataset, got {type(rows).__name__}; see from_list")
         key = reference_key(model, share_prefix=share_prefix, adapter=not hasattr(model, "peft_config"))
-        score = functools.partial(reference_logp, model)
         return with_reference(rows, collator, score, folder, key=key, batch_size=batch_size)
     column: list[list[float]] = []
     for start in range(0, len(rows), batch_size):
         part = [{**rows[i], REFERENCE: None} for i in range(start, min(start + batch_size, len(rows)))]
-        packed = collator(part)[BATCH]
-        column += per_row(reference_logp(model, packed), packed.batch)
+        column += [values.tolist() for values in score_rows(part, range(len(part)), collator, score, batch_size)]
     if hasattr(rows, "add_column"):
         return rows.select_columns([n for n in rows.column_names if n != REFERENCE]).add_column(REFERENCE, column)
     return [{**row, REFERENCE: values} for row, values in zip(rows, column, strict=True)]

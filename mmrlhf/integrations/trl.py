@@ -151,7 +151,8 @@ class _PreferenceMethods:
         """The same in every process, so the first one's; weights that FSDP has sharded by TRL's hash of the whole."""
         unwrapped = self.accelerator.unwrap_model(model)
         if any(hasattr(parameter, "full_tensor") for parameter in unwrapped.parameters()):
-            key = text_fingerprint("sharded", str(self._precompute_model_hash))
+            shared = f"share_prefix={self._mmrlhf['share_prefix']}"
+            key = text_fingerprint("sharded", str(self._precompute_model_hash), shared)
         else:
             switched_off = self.ref_model is None and "ref" not in getattr(unwrapped, "peft_config", {})
             key = reference_key(unwrapped, share_prefix=self._mmrlhf["share_prefix"], adapter=not switched_off)
@@ -305,10 +306,14 @@ def patch_dpo_trainer(trainer: DPOTrainer, **options: Any) -> DPOTrainer:
     _loss_settings(args, wanted)
     made = _collator(trainer.processing_class, args, wanted)
     patched: Any = trainer
+    before = (kind, patched.data_collator, patched._signature_columns)
     patched.__class__ = type(kind.__name__, (_PreferenceMethods, kind), {"__module__": kind.__module__})
-    patched.data_collator = made
-    patched._signature_columns = None
-    patched._install(wanted)
+    patched.data_collator, patched._signature_columns = made, None
+    try:
+        patched._install(wanted)
+    except BaseException:  # then it is what it was
+        patched.__class__, patched.data_collator, patched._signature_columns = before
+        raise
     if patched.precompute_ref_logps:
         size = patched.args.precompute_ref_batch_size or patched.args.per_device_train_batch_size
         patched.train_dataset = patched._precompute_ref_logps(patched.train_dataset, "train", size)

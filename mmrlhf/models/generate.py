@@ -3,7 +3,7 @@
 Prompts are batched with padding on the left and decoded with the model's own cache; markers that only a prompt may
 contain (image, video and pad tokens) are never emitted. The model is in eval mode inside, and afterwards as it was:
 training modes, cached rope offsets, random state. A decoder whose attention was set to `mmrlhf` generates through
-its sdpa fallback. Not covered: models sharded by FSDP, videos, beam search.
+its sdpa fallback. All processes of a sharded model (FSDP2) ask it the same. Not covered: videos, beam search.
 """
 
 from __future__ import annotations

@@ -123,7 +123,8 @@ def self_check(
     """Compare the packed path with ordinary rows on the first two groups of a batch, and the head with the model's.
 
     Runs without gradients and dropout, and leaves the model as it was. Raises RuntimeError with both figures if they
-    differ by more than `tolerance` (relative; default by dtype: 1e-3 in float32, 6e-2 in bfloat16).
+    differ by more than `tolerance` (relative; default by dtype: 1e-3 in float32, 6e-2 in bfloat16), and for a model
+    that is not finite itself.
     """
     layout = layout_of(batch)
     shared, reason = can_share(model)
@@ -135,6 +136,12 @@ def self_check(
         want = _padded(model, small, part, features, positions)
         got = _packed(model, small.input_ids, part, features, positions) if shared else want
         head_error = _head_error(model, batch)
+    if not bool(want.isfinite().all()):
+        raise RuntimeError(
+            f"{type(base_model(model)).__name__} gives hidden states that are not finite on ordinary rows of groups "
+            f"{', '.join(batch.ids[: len(groups)]) or '(no ids)'}: its weights are not, or its dtype ({want.dtype}) "
+            "overflows"
+        )
     allowed = _TOLERANCE.get(want.dtype, 1e-3) if tolerance is None else tolerance
     lengths = [length for responses in part.response_len for length in responses]
     pairs = zip(got.double().split(lengths), want.double().split(lengths), strict=True)

@@ -148,13 +148,13 @@ def save(
         return target
     try:
         if world.first:
-            _together(world, lambda: _empty(beside, fs))
-            files = _together(world, lambda: _write_parts(beside, model, optimizer, fs, world))
-            _together(world, lambda: _publish(beside, target, step, state, files, fs))
+            together(world, lambda: _empty(beside, fs))
+            files = together(world, lambda: _write_parts(beside, model, optimizer, fs, world))
+            together(world, lambda: _publish(beside, target, step, state, files, fs))
         else:
-            _together(world, lambda: None)
-            _together(world, lambda: _write_parts(beside, model, optimizer, fs, world))
-            _together(world, lambda: None)
+            together(world, lambda: None)
+            together(world, lambda: _write_parts(beside, model, optimizer, fs, world))
+            together(world, lambda: None)
     except OSError:
         if world.first:
             discard(beside, fs)
@@ -162,8 +162,8 @@ def save(
     return target
 
 
-def _together(world: World, work: Callable[[], Any]) -> list[Any]:
-    """What `work` gave in every process. If it failed in one, all raise: an OSError that says why."""
+def together(world: World, work: Callable[[], Any]) -> list[Any]:
+    """What `work` gave in every process. If the disk failed in one, all raise: an OSError that says why."""
     found, failed = None, None
     try:
         found = work()

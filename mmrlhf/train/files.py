@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -55,7 +56,8 @@ class FileSystem:
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview], *, fs: FileSystem | None = None) -> tuple[int, str]:
     """Write a file so that its name always stands for a whole file. Returns (bytes, sha256)."""
     fs = fs or FileSystem()
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # Not by the process alone: in containers on one storage the first of each may have the same number.
+    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         written = fs.write(beside, chunks)
         fs.fsync(beside)

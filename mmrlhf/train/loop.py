@@ -52,8 +52,8 @@ def train(
     or a folder that cannot be used, FileNotFoundError for a model that is not there, BadRow for data, CheckpointError,
     NonFiniteError, OSError if the last save fails, and Preempted (a SystemExit) after a signal.
     """
-    setup.check_paths(settings, model, processor)
     setup.check_objective(settings, objective)
+    setup.check_paths(settings, model, processor)
     with (
         join(setup.pick_device(settings.device)) as world,
         RunFolder.of(settings, first=world.first) as run,
@@ -87,7 +87,8 @@ def train(
                 rate = learning_rate(step, plan.total, settings.optim)
                 good = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
                 if good:
-                    optimizer.step(lr=rate, grad_norm=numbers["grad_norm"])
+                    still = () if tally.images else ready.shards.pictured
+                    optimizer.step(lr=rate, grad_norm=numbers["grad_norm"], without=still)
                 progress.count(good=good, tokens=tally.tokens)
 
                 if progress.step % settings.log_every == 0 or progress.step == plan.total or not good:
@@ -113,13 +114,14 @@ def train(
 
 def micro_batch(ready: Ready, batch: GroupBatch, totals: Totals, tally: Tally | None) -> Tensor:
     """The loss of one micro-batch, a 0-d tensor, noted in `tally`; without one it is a filler and counts 0 times."""
+    tokens = setup.decoder_tokens(batch, share_prefix=ready.share_prefix)
     batch, hidden = response_rows(
         ready.model, batch, share_prefix=ready.share_prefix, keep=ready.keep, touch=ready.shards.touch
     )
     out = ready.objective(hidden, load.lm_head(ready.model), batch, totals)
     if tally is None:
         return out.loss * 0.0
-    tally.add(out, batch)
+    tally.add(out, batch, tokens)
     return out.loss
 
 

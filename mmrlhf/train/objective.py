@@ -157,14 +157,15 @@ class Tally:
         self._ids: list[str] = []
         self.batches = self.tokens = self.scored = self.images = 0
 
-    def add(self, out: Any, batch: GroupBatch) -> None:
-        """One micro-batch; its loss is normalised by the step's totals already, so losses add up."""
+    def add(self, out: Any, batch: GroupBatch, tokens: int) -> None:
+        """One micro-batch of so many tokens through the decoder; its loss is normalised by the step's totals already,
+        so losses add up."""
         self._sums.append(torch.stack([value.detach().double() for value in self._sums_of(out, batch)]))
         least, most = self._range_of(out)
         self._extremes.append(torch.stack((least, -most)).detach().double())
         self._ids.extend(batch.ids)
         self.batches += 1
-        self.tokens += batch.num_tokens
+        self.tokens += tokens
         self.scored += batch.num_scored
         self.images += sum(batch.images_per_group)
 

@@ -57,7 +57,7 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=settings.lr,
-            betas=settings.betas,
+            betas=(settings.betas[0], settings.betas[1]),
             eps=settings.eps,
             fused=True,  # one pass over the weights, without the foreach kind's temporaries (4 bytes a weight)
         )
@@ -104,8 +104,10 @@ class Optimizer:
             return torch.zeros((), device=next(iter(self.stepped.values())).device)
         return torch.nn.utils.get_total_norm(gradients)
 
-    def step(self, *, lr: float, grad_norm: float) -> None:
-        """One update at `lr`, with the gradients scaled to a norm of at most `clip`."""
+    def step(self, *, lr: float, grad_norm: float, without: Collection[str] = ()) -> None:
+        """One update at `lr`, with the gradients scaled to a norm of at most `clip`; parameters `without` one stay."""
+        for name in without:
+            self.stepped[name].grad = None
         if self.settings.clip and grad_norm > self.settings.clip:
             torch._foreach_mul_(self.gradients(), self.settings.clip / (grad_norm + 1e-6))
         for group in self.adamw.param_groups:

@@ -172,14 +172,15 @@ def plan(settings: TrainConfig) -> RunPlan:
     options: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code, "revision": wanted.revision}
     dataset = setup.read_data(settings, load.load_processor(wanted.path, **options))
     Objective(settings.loss).check_groups(dataset.groups, settings.data.pairs)
-    shares = [setup.Plan(dataset.lengths, settings, World(rank, size)) for rank in range(size)]
-    first, later = _largest(dataset.lengths, shares)
     model = footprint.skeleton(wanted.path, dtype=wanted.dtype, **options)
     # Checkpointing hides from the count what it keeps, so it is left off here and reckoned with afterwards.
     bare = dataclasses.replace(settings, model=dataclasses.replace(wanted, gradient_checkpointing=False))
     run = RunFolder(bare)  # never entered: it touches no file
     run.facts["notes"] = []
     shared = setup.prefix_sharing(model, settings, run)
+    lengths = setup.decoder_lengths(dataset, settings, share_prefix=shared)
+    shares = [setup.Plan(lengths, settings, World(rank, size)) for rank in range(size)]
+    first, later = _largest(lengths, shares)
     model = setup.make_trainable(model, bare, run)
     found = [
         _memory(
@@ -192,7 +193,7 @@ def plan(settings: TrainConfig) -> RunPlan:
     ]
     facts = run.facts["model"]
     return RunPlan(
-        batches=_batches(dataset, shares, settings, shared=shared),
+        batches=_batches(dataset, shares, settings),
         memory=max(found, key=lambda memory: memory.peak(checkpointing=wanted.gradient_checkpointing)),
         model=facts["class"],
         parameters=facts["parameters"],
@@ -224,26 +225,21 @@ def _largest(lengths: Sequence[int], shares: Sequence[setup.Plan]) -> tuple[list
     return first, later
 
 
-def _batches(dataset: Any, shares: Sequence[setup.Plan], settings: TrainConfig, *, shared: bool) -> Batches:
-    lengths, steps = dataset.lengths, shares[0]
+def _batches(dataset: Any, shares: Sequence[setup.Plan], settings: TrainConfig) -> Batches:
+    lengths, steps = shares[0].lengths, shares[0]
     media = [len(group.images) + len(group.videos) for group in dataset.groups]
     parts = [part for plan in shares for step in range(plan.total) for part in plan[step][: plan.own(step)]]
     sizes = [sum(lengths[index] for index in part) for part in parts]
     images = sum(media[index] for part in parts for index in part)
     most = max(len(steps[step]) for step in range(steps.total))
     filled = [size / settings.tokens_per_batch for size in sizes]
-    tokens = sum(sizes)
-    if not shared:  # a prefix for each response
-        encoded = [dataset[index] for index in range(len(dataset))]
-        extra = [(len(each.response_ids) - 1) * each.prefix_ids.numel() for each in encoded]
-        tokens += sum(extra[index] for part in parts for index in part)
     return Batches(
         groups=len(dataset),
         steps=steps.total,
         steps_per_epoch=steps.steps_per_epoch,
         micro_batches=len(sizes),
         most_per_step=most,
-        tokens=tokens,
+        tokens=sum(sizes),
         pairs=sum(dataset.num_pairs(index) for index in range(len(dataset))),
         images=images,
         largest=max(sizes),

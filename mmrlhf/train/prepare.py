@@ -6,6 +6,7 @@ that does not compare before the first step.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ def prepare(
     dataset = setup.read_data(settings, processor, run, rows=rows, encoder=objective.encoder)
     preemption.check()
     share_prefix = setup.prefix_sharing(model, settings, run)
+    lengths = setup.decoder_lengths(dataset, settings, share_prefix=share_prefix, run=run)
     objective.check_groups(dataset.groups, settings.data.pairs)
     batches = Batches(dataset, apart=features_frozen(model, settings), cache=cache)
     key = _reference_key(model, settings, share_prefix=share_prefix, apart=batches.apart)
@@ -89,10 +91,9 @@ def prepare(
     reference = None
     if objective.needs_reference:
         reference = reference_scores(
-            model,
-            batches,
-            settings,
+            *(model, batches, settings),
             key=key,
+            lengths=lengths,
             share_prefix=share_prefix,
             between=preemption.check,
             fs=run.fs,
@@ -110,13 +111,16 @@ def prepare(
     model = setup.make_trainable(model, settings, run)
     objective.attach(model)
     world.spread_weights(model)
-    plan = setup.Plan(dataset.lengths, settings, world)
+    plan = setup.Plan(lengths, settings, world)
     setup.self_check(model, make_batch(plan.whole(0)[0]), settings, run)
     shards = shard.shard(model, settings, world, shard.picture_kinds(dataset) if settings.shard != "none" else ())
     optimizer = Optimizer(model.named_parameters(), settings.optim, rounded=shards.rounded)
-    progress = resume.restore(found, model, optimizer, settings, world)
-    run.facts.update(steps_per_epoch=plan.steps_per_epoch, total_steps=plan.total, processes=world.size)
-    run.write()
+    with contextlib.ExitStack() as undo:
+        undo.callback(optimizer.close)  # a model that was given is given back without hooks
+        progress = resume.restore(found, model, optimizer, settings, world)
+        run.facts.update(steps_per_epoch=plan.steps_per_epoch, total_steps=plan.total, processes=world.size)
+        run.write()
+        undo.pop_all()
     return Ready(
         *(model, processor, dataset, plan, objective, optimizer, progress, samples),
         *(make_batch, batches.keep, share_prefix, hashes, world, shards),
@@ -132,7 +136,9 @@ def _reference_key(model: Any, settings: TrainConfig, *, share_prefix: bool, apa
 def cache_only(settings: TrainConfig) -> Path:
     """`mmrlhf reference`: compute and keep the reference of a recipe, and nothing else. Returns its folder."""
     setup.single_process("mmrlhf reference")
-    setup.check_objective(settings, None)
+    setup.check_objective(settings, None, command="reference")
+    if not Objective(settings.loss).needs_reference:
+        raise ValueError(f"loss.kind {settings.loss.kind} compares with no reference: there is none to compute")
     setup.check_paths(settings)
     rows = setup.read_rows(settings)
     model, processor = setup.load_model(settings, None, None)
@@ -141,6 +147,15 @@ def cache_only(settings: TrainConfig) -> Path:
     share_prefix = setup.prefix_sharing(model, settings)
     batches = Batches(dataset, apart=features_frozen(model, settings), cache=cache)
     key = _reference_key(model, settings, share_prefix=share_prefix, apart=batches.apart)
+    lengths = setup.decoder_lengths(dataset, settings, share_prefix=share_prefix)
     with Preemption() as preemption:
-        found = reference_scores(model, batches, settings, key=key, share_prefix=share_prefix, between=preemption.check)
+        found = reference_scores(
+            model,
+            batches,
+            settings,
+            key=key,
+            lengths=lengths,
+            share_prefix=share_prefix,
+            between=preemption.check,
+        )
     return found.folder

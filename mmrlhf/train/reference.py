@@ -31,7 +31,7 @@ from mmrlhf.train.files import FileSystem, safetensors_chunks, write_atomic
 from mmrlhf.train.state import fingerprint, text_fingerprint, versions
 
 SHARD_GROUPS = 256  # lost at most by a kill
-_FORMAT = "2"  # of the shards and their key; part of it
+_FORMAT = "3"  # of the shards and their key; part of it
 # What a config says besides how the model computes; dtypes are those of the weights.
 _NOT_COMPUTED = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 _LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
@@ -45,7 +45,7 @@ class ReferenceScores:
     key: str  # 64 hex digits
     tokens: tuple[Tensor, ...]
     reused: int  # shards read from the disk
-    computed: int  # shards computed now
+    computed: int  # shards computed now, by any process
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -71,6 +71,7 @@ def cache_reference(
     folder: Path,
     *,
     key: str,
+    lengths: Sequence[int],  # tokens of each group through the decoder
     tokens_per_batch: int,
     between: Callable[[], None] = lambda: None,
     fs: FileSystem | None = None,
@@ -100,21 +101,22 @@ def cache_reference(
                 bar.update(len(shard))
                 return found, False
             found = []
-            for indices in _batches(shard, dataset.lengths, tokens_per_batch):
+            for indices in _batches(shard, lengths, tokens_per_batch):
                 found.extend(_score_groups(score, make_batch(indices)))
                 bar.update(len(indices))
                 between()
             write_shard(path, shard_key, found, fs=fs)
             return found, True
 
-        computed = 0
+        computed: set[int] = set()
         if world.size > 1:  # then all are there, or (folders that are not shared) each computes what it lacks
-            computed = sum(world.gather(sum(filled(shard)[1] for shard in shards[world.rank :: world.size])))
+            own = range(world.rank, len(shards), world.size)
+            computed.update(*world.gather({number for number in own if filled(shards[number])[1]}))
             bar.reset()
         everything = [filled(shard) for shard in shards]
-    computed += sum(new for _, new in everything)
+    computed |= {number for number, (_, new) in enumerate(everything) if new}
     tokens = tuple(values for found, _ in everything for values in found)
-    return ReferenceScores(place, key, tokens, len(shards) - computed, computed)
+    return ReferenceScores(place, key, tokens, len(shards) - len(computed), len(computed))
 
 
 def _batches(indices: Iterable[int], lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrlhf.config import TrainConfig
+from mmrlhf.models import parts
 from mmrlhf.ops.sharded import is_dtensor, local_rows
 from mmrlhf.train import checkpoint, shard
 from mmrlhf.train.checkpoint import Checkpoint, Rows, Tensors
@@ -126,11 +127,11 @@ def restore(
                 tensor.copy_(stored[name])
     optimizer.load_state({key: _own(found.optimizer, key, ranges) for key in found.optimizer})
     progress = Progress(**found.state["progress"])
+    # What `resume_changed` lets through: another number of processes, or another kind of device.
+    seed_everything(settings.seed + world.rank + world.size * progress.step)
     generators = found.state["rng"]
     if len(generators) == world.size:
-        restore_rng(generators[world.rank])
-    else:  # `resume_changed`, see `check_same`
-        seed_everything(settings.seed + world.rank + world.size * progress.step)
+        restore_rng(generators[world.rank], parts.parameter_device(model))
     return progress
 
 
@@ -158,31 +159,35 @@ def save(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:
     progress, world, shards = ready.progress, ready.world, ready.shards
     if progress.saved == progress.step:
         return
-    generators = world.gather(rng_state())
-    if not world.first and shards.root is None:
-        progress.saved = progress.step
-        return
-    tensors = saved_tensors(ready.model, adapters_only=settings.lora.enabled)
-    ranges = {name: shard.row_range(tensor) for name, tensor in tensors.items() if is_dtensor(tensor)}
-    optimizer: dict[str, Tensor | Rows] = {}
-    for key, value in ready.optimizer.state().items():
-        own = ranges.get(key.rpartition("/")[0])
-        optimizer[key] = value if own is None or value.dim() == 0 else Rows(value, *own)
-    checkpoint.save(
-        run.checkpoints,
-        progress.step,
-        model={name: shards.stored(name, tensor) for name, tensor in tensors.items()},
-        optimizer=optimizer,
-        state={
-            "progress": dataclasses.asdict(progress) | {"saved": progress.step},
-            "rng": generators,
-            "settings": flat_settings(settings),
-            "hashes": ready.hashes,
-            "versions": versions(),
-        },
-        fs=run.fs,
-        world=world if shards.root is not None else None,
-    )
+    generators = world.gather(rng_state(parts.parameter_device(ready.model)))
+
+    def write(world: World | None = None) -> None:
+        tensors = saved_tensors(ready.model, adapters_only=settings.lora.enabled)
+        ranges = {name: shard.row_range(tensor) for name, tensor in tensors.items() if is_dtensor(tensor)}
+        optimizer: dict[str, Tensor | Rows] = {}
+        for key, value in ready.optimizer.state().items():
+            own = ranges.get(key.rpartition("/")[0])
+            optimizer[key] = value if own is None or value.dim() == 0 else Rows(value, *own)
+        checkpoint.save(
+            run.checkpoints,
+            progress.step,
+            model={name: shards.stored(name, tensor) for name, tensor in tensors.items()},
+            optimizer=optimizer,
+            state={
+                "progress": dataclasses.asdict(progress) | {"saved": progress.step},
+                "rng": generators,
+                "settings": flat_settings(settings),
+                "hashes": ready.hashes,
+                "versions": versions(),
+            },
+            fs=run.fs,
+            world=world,
+        )
+
+    if shards.root is not None:
+        write(world)
+    else:
+        checkpoint.together(world, write if world.first else lambda: None)
     progress.saved = progress.step
     run.facts.update(steps=progress.step, skipped_steps=progress.skipped, tokens=progress.tokens)
     run.write()

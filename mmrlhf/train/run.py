@@ -59,7 +59,11 @@ class RunFolder:
             "notes": [],
         }
         if not before:
-            self.begin()
+            try:
+                self.begin()
+            except OSError:
+                self._unlock()
+                raise
         return self
 
     def begin(self) -> None:
@@ -84,8 +88,11 @@ class RunFolder:
             if error is None:
                 raise
         finally:
-            assert self._lock is not None
-            os.close(self._lock)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        assert self._lock is not None
+        os.close(self._lock)
 
     def write(self) -> None:
         """Write run.json, once the run has begun."""
@@ -117,7 +124,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
-            os.close(self._lock)
+            self._unlock()
             raise ValueError(f"output: {self.path} is in use by another run ({holder or 'unknown'})") from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -126,7 +133,7 @@ class RunFolder:
             write_atomic(probe, [b"probe"], fs=self.fs)
             self.fs.remove(probe)
         except OSError as error:
-            os.close(self._lock)
+            self._unlock()
             raise ValueError(f"output: cannot write to {self.checkpoints}: {error.strerror}") from error
 
     def _read(self) -> dict[str, Any]:

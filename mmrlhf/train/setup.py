@@ -66,10 +66,13 @@ def check_paths(settings: TrainConfig, model: Any = None, processor: Any = None)
     _check_data_path(settings.data.path)
 
 
-def check_objective(settings: TrainConfig, objective: object | None) -> None:
-    """ValueError for a recipe that is trained by another command: the loop would minimise something else."""
+def check_objective(settings: TrainConfig, objective: object | None, *, command: str = "train") -> None:
+    """ValueError for a recipe that is trained by another command: the loop would minimise something else.
+
+    `command`: the one that was given, where there is no `objective`.
+    """
     if (objective is not None) != (settings.recipe == REWARD_RECIPE):
-        right, wrong = ("train", "reward train") if objective is not None else ("reward train", "train")
+        right, wrong = ("train", "reward train") if objective is not None else ("reward train", command)
         raise ValueError(f"recipe {settings.recipe} is trained by `mmrlhf {right}`, not by `mmrlhf {wrong}`")
 
 
@@ -148,7 +151,7 @@ def read_data(
         max_group_tokens=wanted.max_group_tokens,
         max_image_pixels=wanted.max_image_pixels,
         video_frames=wanted.video_frames,
-        looks=wanted.vision_cache or None,
+        looks=wanted.vision_cache or (None if run is None else run.path / "data"),  # for the next start
     )
     dataset = collate.PreferenceDataset(
         found.groups, encode, on_bad_row=wanted.on_bad_row, max_bad_rows=wanted.max_bad_rows
@@ -176,11 +179,6 @@ def read_data(
 
 def note_oddities(dataset: collate.PreferenceDataset, settings: TrainConfig, run: RunFolder) -> None:
     """Say what can be trained on but may not be what was meant."""
-    budget = settings.tokens_per_batch
-    long = packing.over_budget(dataset.lengths, budget)
-    if long:
-        most = max(dataset.lengths)
-        run.note(f"{len(long)} groups are longer than tokens_per_batch={budget} (longest {most}); each runs alone")
     if settings.data.segments is None:
         marked = sum(any(response.segments for response in group.responses) for group in dataset.groups)
         if marked:
@@ -202,6 +200,33 @@ def prefix_sharing(model: nn.Module, settings: TrainConfig, run: RunFolder | Non
         if settings.model.share_prefix and not possible:
             run.note(f"the prompt is run once for each response, not once for all: {reason}")
     return used
+
+
+def decoder_lengths(
+    dataset: collate.PreferenceDataset, settings: TrainConfig, *, share_prefix: bool, run: RunFolder | None = None
+) -> list[int]:
+    """Tokens of each group through the decoder: its prefix once, or (without `share_prefix`) once a response.
+
+    Groups that are too long to share a micro-batch are noted.
+    """
+    lengths = dataset.lengths
+    if not share_prefix:
+        texts = map(dataset.text, range(len(dataset)))
+        lengths = [each.num_tokens + (len(each.response_ids) - 1) * each.prefix_ids.numel() for each in texts]
+    budget = settings.tokens_per_batch
+    long = packing.over_budget(lengths, budget)
+    if long and run is not None:
+        run.note(
+            f"{len(long)} groups are longer than tokens_per_batch={budget} (longest {max(lengths)}); each runs alone"
+        )
+    return lengths
+
+
+def decoder_tokens(batch: GroupBatch, *, share_prefix: bool) -> int:
+    """The same of a batch, which is on the CPU."""
+    if share_prefix:
+        return batch.num_tokens
+    return int(batch.prefix_len[batch.response_group].sum() + batch.response_len.sum())
 
 
 def make_trainable(model: Any, settings: TrainConfig, run: RunFolder) -> Any:

@@ -43,12 +43,21 @@ class _Root(nn.Module):
 
 
 class Shards:
-    """How a model lies on the processes; without a root each has it whole, and nothing here does anything."""
+    """How a model lies on the processes; without a root each has it whole, and nothing here does anything.
+
+    `touch`: as for `vision.encode`; whole models need none. `pictured`: trained parameters that only pictures reach. A
+    step without any gives them zeros here where one process gives them no gradient, and AdamW would move them.
+    """
 
     def __init__(
-        self, root: Any = None, *, rounded: frozenset[str] = frozenset(), touch: tuple[str, ...] | None = None
+        self,
+        root: Any = None,
+        *,
+        rounded: frozenset[str] = frozenset(),
+        touch: tuple[str, ...] | None = (),
+        pictured: frozenset[str] = frozenset(),
     ):
-        self.root, self.rounded, self.touch = root, rounded, touch
+        self.root, self.rounded, self.touch, self.pictured = root, rounded, touch, pictured
 
     def run(self, work: Callable[..., Found], *args: Any) -> Found:
         """`work(*args)` with the weights there; what a backward starts from is what it returns."""
@@ -137,6 +146,7 @@ def shard(model: nn.Module, settings: TrainConfig, world: World, kinds: tuple[st
     ignored = set(whole_parameters(model))
     rounded = frozenset(name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.bfloat16)
     names = {id(p): name for name, p in model.named_parameters()}  # no references: what was cut has to be freed
+    pictured = frozenset(names[id(p)] for p in parts.vision_parameters(model) if p.requires_grad)
     root = _Root(model)
     for module in (*blocks(model), root):
         own = {names[id(p)]: p for p in module.parameters() if p not in ignored and not is_dtensor(p)}
@@ -153,7 +163,7 @@ def shard(model: nn.Module, settings: TrainConfig, world: World, kinds: tuple[st
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
     cut_tower = any(is_dtensor(p) for block in _vision_blocks(model) for p in block.parameters())
-    return Shards(root, rounded=rounded, touch=kinds if cut_tower else None)
+    return Shards(root, rounded=rounded, touch=kinds if cut_tower else None, pictured=pictured)
 
 
 def whole_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,7 +1,7 @@
 """What a checkpoint says besides tensors: random number generators as JSON, versions, and what changed since.
 
-Covered: python, numpy's global generator, torch on the CPU and every CUDA device. Not covered: generators that a custom
-processor keeps for itself.
+Covered: python, numpy's global generator, torch on the CPU and on the run's CUDA device. Not covered: generators that a
+custom processor keeps for itself.
 """
 
 from __future__ import annotations
@@ -55,33 +55,28 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
-    """Every generator as plain JSON values."""
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Every generator that a run on `device` draws from, as plain JSON values."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     return {
         "python": [version, list(words), gauss],
         "numpy": [name, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
         "torch": _encode(torch.get_rng_state()),
-        "cuda": [_encode(state) for state in cuda],
+        # That device's alone: how many others the machine has is not the run's business.
+        "cuda": [_encode(torch.cuda.get_rng_state(device))] if device.type == "cuda" else [],
     }
 
 
-def restore_rng(state: Mapping[str, Any]) -> None:
-    """Put back what `rng_state` gave. Raises ValueError if it was taken on another number of CUDA devices."""
+def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what `rng_state` gave; a device of another kind than its own stays as it is."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(_decode(state["torch"]))
-    if state["cuda"]:
-        if len(state["cuda"]) != torch.cuda.device_count():
-            raise ValueError(
-                f"the checkpoint has the generators of {len(state['cuda'])} CUDA devices, "
-                f"this machine has {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_rng_state_all([_decode(each) for each in state["cuda"]])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(_decode(state["cuda"][0]), device)
 
 
 def _encode(state: Tensor) -> str:

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from dporows import lora, model_and_processor, record, trl_rows
 from mmrlhf.integrations.hf_trainer import PreferenceLossFunction, TrainerCollator, cache_reference
 from mmrlhf.integrations.rows import BATCH
+from mmrlhf.models import shared_prefix
 
 
 def ranked(rows):
@@ -143,6 +144,33 @@ def test_a_reference_cached_in_a_folder_is_the_same_column(tmp_path):
         assert other == pytest.approx(one, rel=1e-6)
     with pytest.raises(ValueError, match=r"folder needs rows as a datasets.Dataset, got list"):
         cache_reference(adapted, rows, TrainerCollator(processor), folder=tmp_path)
+
+
+def test_a_model_that_is_given_is_the_reference_whatever_the_rows_hold():
+    """Their column may be another model's: it is read where reference is "cached", and nowhere else."""
+    model, collator, loss = make()
+    counts = [sum(ids.numel() for ids in collator.encode(row).response_ids) for row in trl_rows(2)]
+    stale = [{**row, "reference_logp": [-1.0] * count} for row, count in zip(trl_rows(2), counts, strict=True)]
+    inputs = collator(stale)
+    assert loss(model(**inputs), inputs["labels"]).item() == pytest.approx(0.6931472, abs=1e-6)
+    cached = PreferenceLossFunction(model, reference="cached")
+    assert cached(model(**inputs), inputs["labels"]).item() != pytest.approx(0.6931472, abs=1e-6)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_reference_that_is_not_finite_is_named_with_its_row(folder, tmp_path, monkeypatch):
+    """Cached, it would make every loss of its row NaN."""
+    model, processor = model_and_processor("llava_onevision")
+    rows = [{**row, "id": f"r{index}"} for index, row in enumerate(trl_rows(2))]
+    options = {}
+    if folder:
+        datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+        rows, options = datasets.Dataset.from_list(rows), {"folder": tmp_path}
+    monkeypatch.setattr(shared_prefix, "self_check", lambda *_, **__: None)  # it would say so of a first batch
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"row .*r0: the starting model gives log-probabilities that are not finite"):
+        cache_reference(model, rows, TrainerCollator(processor), batch_size=1, **options)
 
 
 def test_labels_count_pairs():

@@ -341,6 +341,12 @@ def test_patching_refuses_what_it_cannot_do(tmp_path):
     _, trainer = run(DPOTrainer, DPOConfig, model, processor, table(trl_rows(2)), tmp_path, steps=0)
     with pytest.raises(TypeError, match="unknown options gama"):
         patch_dpo_trainer(trainer, gama=2.0)
+    before = (type(trainer), trainer.data_collator)
+    trainer.aux_loss_enabled = True
+    with pytest.raises(ValueError, match="router_aux_loss_coef"):
+        patch_dpo_trainer(trainer)
+    assert (type(trainer), trainer.data_collator) == before, "what is refused trains on as it was"
+    trainer.aux_loss_enabled = False
     patch_dpo_trainer(trainer)
     with pytest.raises(ValueError, match="patched already"):
         patch_dpo_trainer(trainer)

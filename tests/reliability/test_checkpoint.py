@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,33 @@ def test_safetensors_are_those_of_the_library(tmp_path):
         assert torch.equal(back[name], tensor), name
     with pytest.raises(TypeError, match=r"z: torch\.complex64 cannot be saved"):
         b"".join(safetensors_chunks({"z": torch.zeros(1, dtype=torch.complex64)}))
+
+
+def test_two_writers_of_one_file_do_not_take_each_others(tmp_path):
+    """Two containers on one storage may have the same process number, and a cache's file has the same name in both."""
+    both = threading.Barrier(2, timeout=10)
+
+    class AtOnce(FileSystem):
+        def write(self, path, chunks):
+            written = super().write(path, chunks)
+            both.wait()
+            return written
+
+    raised: list[Exception] = []
+
+    def write() -> None:
+        try:
+            write_atomic(tmp_path / "file", [b"the same"], fs=AtOnce())
+        except OSError as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert raised == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_write_atomic_keeps_the_old_file_when_the_disk_fails(tmp_path):

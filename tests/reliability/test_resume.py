@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmrlhf.train import checkpoint, run, setup
+from mmrlhf.train import checkpoint, resume, run, setup, state
 from mmrlhf.train.checkpoint import CheckpointError
 from mmrlhf.train.files import FileSystem
 from mmrlhf.train.loop import train
@@ -209,6 +209,21 @@ def test_t10_another_starting_model_is_refused(stopped, data_file, model_folder)
         train(settings, model=model, processor=processor)
 
 
+def test_generators_go_to_a_machine_with_another_number_of_gpus(monkeypatch):
+    """A run draws from one device's; a node with fewer of them, or none, must not stop it."""
+    kept = {1: torch.arange(16, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: kept[device.index].clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: kept.update({device.index: value}))
+    stored = json.loads(json.dumps(state.rng_state(torch.device("cuda", 1))))
+    expected = torch.rand(3)
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        torch.manual_seed(5)
+        state.restore_rng(stored, device)
+        assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(kept[0], kept[1])
+    assert state.rng_state(torch.device("cpu"))["cuda"] == []
+
+
 def test_t08_damaged_newest_is_told_and_the_one_before_is_taken(stopped, model_folder, data_file):
     before = content(stopped)
     (stopped / "checkpoints" / "step-00000003" / "model.safetensors").write_bytes(b"x")
@@ -243,6 +258,23 @@ def test_t13_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_p
     assert facts_of(tmp_path / "run")["status"] == "finished"
 
 
+def test_a_refused_checkpoint_leaves_no_hooks_on_the_callers_model(tmp_path, data_file, monkeypatch):
+    """bfloat16 weights hand their gradients to masters: a second try would find them handed over already."""
+    model, processor = tiny_model("llava_onevision")
+    model = model.bfloat16()
+
+    def refuse(*_):
+        raise ValueError("does not fit the model")
+
+    settings = settings_for(tmp_path / "run", data_file, "max_steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "restore", refuse)
+        with pytest.raises(ValueError, match="does not fit"):
+            train(settings, model=model, processor=processor)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    train(settings, model=model, processor=processor)
+
+
 def test_t06_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, data_file, monkeypatch):
     monkeypatch.setattr(setup, "load_model", None)
     (tmp_path / "file").write_text("x")
@@ -260,6 +292,21 @@ def test_t07_rename_that_fails_is_found_before_the_first_step(tmp_path, data_fil
         RunFolder(settings_for(tmp_path / "run", data_file), fs=OtherDevice()).__enter__()
     with RunFolder(settings_for(tmp_path / "run", data_file)):
         assert (tmp_path / "run" / "run.json").exists(), "the lock of the failed attempt is gone"
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_no_lock(tmp_path, data_file):
+    """In a notebook the process goes on, and so would the lock: the folder would be in use by itself."""
+
+    class Full(FileSystem):
+        def write(self, path, chunks):
+            if path.name.startswith("config.yaml"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(path, chunks)
+
+    with pytest.raises(OSError, match="No space left"):
+        RunFolder(settings_for(tmp_path / "run", data_file), fs=Full()).__enter__()
+    with RunFolder(settings_for(tmp_path / "run", data_file)):
+        pass
 
 
 class FullDisk(FileSystem):

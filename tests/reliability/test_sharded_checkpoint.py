@@ -10,16 +10,22 @@ import errno
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from mmrlhf.train import checkpoint
+from mmrlhf.config import OptimConfig, TrainConfig
+from mmrlhf.train import checkpoint, resume
 from mmrlhf.train.checkpoint import CheckpointError, Rows
 from mmrlhf.train.distributed import World
 from mmrlhf.train.files import FileSystem
+from mmrlhf.train.optim import Optimizer
+from mmrlhf.train.resume import Progress
+from mmrlhf.train.shard import Shards
 
 WHOLE = {
     "even": torch.arange(24, dtype=torch.float32).reshape(6, 4),
@@ -208,3 +214,68 @@ def test_t08_a_part_that_is_damaged_or_not_there_is_found(damage, tmp_path):
     assert newest == tmp_path / "step-00000001"
     assert [each.name for each, _ in skipped] == ["step-00000002"]
     assert victim.name in skipped[0][1]
+
+
+class Process:
+    """One of several with the whole model: what `resume.save` asks of a run and of what is ready for its next step."""
+
+    def __init__(self, rank: int, folder: Path, place: Together):
+        self.fs, self.facts, self.checkpoints = FileSystem(), dict[str, Any](), folder
+        self.notes: list[str] = []
+        self.note = self.notes.append
+        model = torch.nn.Linear(2, 2)
+        self.ready: Any = SimpleNamespace(
+            model=model,
+            optimizer=Optimizer(model.named_parameters(), OptimConfig()),
+            progress=Progress(step=1),
+            world=Thread(rank, place),
+            shards=Shards(),
+            hashes={},
+        )
+
+    def write(self) -> None:
+        pass
+
+
+def together(processes: list[Process], work: Callable[[Process], object]) -> list[BaseException | None]:
+    """`work(process)` in a thread each; what each raised."""
+    raised: list[BaseException | None] = [None] * len(processes)
+
+    def run(rank: int) -> None:
+        try:
+            work(processes[rank])
+        except (OSError, threading.BrokenBarrierError) as error:
+            raised[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(processes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+@pytest.fixture
+def processes(tmp_path) -> list[Process]:
+    place = Together(2)
+    place.barrier = threading.Barrier(2, timeout=5)
+    return [Process(rank, tmp_path, place) for rank in range(2)]
+
+
+def test_a_failed_save_in_the_middle_is_made_up_for_by_the_next_one(processes):
+    """The last step's periodic save fails, and the save at the end comes at the same step: all have to meet again."""
+    processes[0].fs = Failing(1)
+    assert together(processes, lambda each: resume.save_or_warn(each, each.ready, TrainConfig())) == [None, None]
+    assert all(any("step 1 is not saved" in note for note in each.notes) for each in processes)
+    processes[0].fs = FileSystem()
+    assert together(processes, lambda each: resume.save(each, each.ready, TrainConfig())) == [None, None]
+    path, _ = checkpoint.latest(processes[0].checkpoints)
+    assert path is not None
+    assert len(checkpoint.load(path).state["rng"]) == 2
+
+
+def test_the_last_save_fails_in_all_where_it_fails_in_the_one_that_writes(processes):
+    """Or the others would say that the run is saved, and finish."""
+    processes[0].fs = Failing(1)
+    raised = together(processes, lambda each: resume.save(each, each.ready, TrainConfig()))
+    assert all(isinstance(each, OSError) and "No space left" in str(each) for each in raised)

@@ -14,6 +14,7 @@ from mmrlhf.config import TrainConfig
 from mmrlhf.data.collate import Encoder, PreferenceDataset, collate
 from mmrlhf.data.packing import plan_epoch
 from mmrlhf.data.readers import read_groups
+from mmrlhf.models import shared_prefix
 from mmrlhf.ops import reference as exact
 from mmrlhf.train.loop import train
 from tiny import tiny_model
@@ -198,6 +199,27 @@ def test_separate_rows_train_the_same(tmp_path, model_folder, data_file):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     assert facts_of(tmp_path / "false")["share_prefix"] == {"used": False, "reason": "model.share_prefix is false"}
+
+
+def test_separate_rows_are_cut_by_the_tokens_they_have(tmp_path, model_folder, data_file, monkeypatch):
+    """A prefix for each of three responses: tokens_per_batch bounds what goes through the decoder, the reference's too,
+    and that is what the metrics count."""
+    seen, packed = [], shared_prefix._packed
+
+    def watched(model, input_ids, *rest):
+        seen.append(input_ids.numel())
+        return packed(model, input_ids, *rest)
+
+    monkeypatch.setattr(shared_prefix, "_packed", watched)
+    words = [
+        *("model.share_prefix=false", "model.self_check=false"),
+        *("tokens_per_batch=200", "groups_per_step=6", "max_steps=1"),
+    ]
+    run = train(settings_for(tmp_path / "run", data_file, *words, model=model_folder))
+    (line,) = metrics_of(run)
+    assert max(seen) <= 200
+    assert 2 * line["tokens"] == sum(seen)
+    assert line["utilization"] <= 1
 
 
 def test_gradient_checkpointing_and_workers_change_nothing(tmp_path, model_folder, data_file):

@@ -64,9 +64,11 @@ def test_peak_is_what_a_run_allocates(world, tmp_path, words):
     assert measured <= found.peak <= 1.2 * measured
 
 
-def test_batches_are_those_of_the_run(world, tmp_path):
+@pytest.mark.parametrize("shared", ["true", "false"])
+def test_batches_are_those_of_the_run(shared, world, tmp_path):
     model, data = world
-    settings = settings_for(tmp_path / "run", data, *WORDS, "tokens_per_batch=200", model=model)
+    words = ("tokens_per_batch=200", f"model.share_prefix={shared}")
+    settings = settings_for(tmp_path / "run", data, *WORDS, *words, model=model)
     batches = plan(settings).batches
     train(settings)
     lines, facts = metrics_of(tmp_path / "run"), facts_of(tmp_path / "run")

@@ -17,6 +17,7 @@ from mmrlhf.data.schema import Response
 from mmrlhf.models import load
 from mmrlhf.ops.backend import choose
 from mmrlhf.train import reference
+from mmrlhf.train.distributed import World
 from mmrlhf.train.loop import train
 from mmrlhf.train.reference import ReferenceScores, cache_reference, reference_key
 from mmrlhf.train.scoring import token_logp
@@ -54,11 +55,15 @@ def dataset_of(world, **options) -> PreferenceDataset:
     return PreferenceDataset(options.pop("groups", groups), Encoder(processor, root=root, **options))
 
 
-def cached(score: Counting, dataset: PreferenceDataset, folder: Path, key: str = "k" * 64) -> ReferenceScores:
+def cached(
+    score: Counting, dataset: PreferenceDataset, folder: Path, key: str = "k" * 64, world: World | None = None
+) -> ReferenceScores:
     def make_batch(indices):
         return collate([dataset[index] for index in indices])
 
-    return cache_reference(score, make_batch, dataset, folder, key=key, tokens_per_batch=120)
+    return cache_reference(
+        score, make_batch, dataset, folder, key=key, lengths=dataset.lengths, tokens_per_batch=120, world=world
+    )
 
 
 def test_cached_is_live_and_read_back_bitwise(world, tmp_path):
@@ -72,6 +77,20 @@ def test_cached_is_live_and_read_back_bitwise(world, tmp_path):
     again = cached(nobody, dataset, tmp_path)
     assert (again.computed, again.reused, nobody.calls) == (0, 3, 0)
     assert all(torch.equal(a, b) for a, b in zip(first.tokens, again.tokens, strict=True))
+
+
+def test_shards_of_processes_without_one_folder_are_counted_once(world, tmp_path):
+    """The second of the three is another process's, which has it in a folder of its own: here it is computed again."""
+
+    class Apart(World):
+        def gather(self, value):
+            return [value, {1}]
+
+    score, dataset = Counting(world[0]), dataset_of(world)
+    found = cached(score, dataset, tmp_path, world=Apart(0, 2))
+    assert (found.computed, found.reused, len(found)) == (3, 0, 7)
+    again = cached(score, dataset, tmp_path)
+    assert (again.computed, again.reused) == (0, 3)
 
 
 def test_attached_in_the_order_of_the_batch(world, tmp_path):
