@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) target_logit_kernel(const TargetLogi
   const T* hidden = static_cast<const T*>(a.hidden) + row * a.hidden_stride;
   const T* weight = static_cast<const T*>(a.weight) + (known ? y : 0) * a.weight_stride;
   constexpr int kSize = Vector<T>::kSize;
-  float sums[kSize] = {};
+  double sums[kSize] = {};  // every other logit is measured from this one: its products must not be rounded one by one
   int64_t first = 0;
   if (a.vectors && known) {
     first = a.width / kSize * kSize;
@@ -44,18 +44,18 @@ __global__ void __launch_bounds__(kThreads) target_logit_kernel(const TargetLogi
     for (int64_t i = lane * kSize; i < first; i += kWarpSize * kSize) {
       const auto h = *reinterpret_cast<const Vector<T>*>(hidden + i), w = *reinterpret_cast<const Vector<T>*>(weight + i);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) sums[j] = fmaf(to_float(h.at[j]), to_float(w.at[j]), sums[j]);
+      for (int j = 0; j < kSize; ++j) sums[j] = fma(static_cast<double>(to_float(h.at[j])), static_cast<double>(to_float(w.at[j])), sums[j]);
     }
   }
   if (known) {
     for (int64_t i = first + lane; i < a.width; i += kWarpSize) {
-      sums[0] = fmaf(to_float(hidden[i]), to_float(weight[i]), sums[0]);
+      sums[0] = fma(static_cast<double>(to_float(hidden[i])), static_cast<double>(to_float(weight[i])), sums[0]);
     }
   }
-  float dot = 0.0f;
+  double total = 0.0;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) dot += sums[j];
-  dot = lane_sum(dot);
+  for (int j = 0; j < kSize; ++j) total += sums[j];
+  const float dot = static_cast<float>(lane_sum(total));
   if (lane != 0) return;
   float z = fmaf(a.logit_scale, dot, a.bias != nullptr && known ? a.bias[y] : 0.0f);
   Tanh capped{0.0f, 1.0f};

@@ -42,7 +42,8 @@ def sigmoid(x):
 
 @triton.jit
 def tanh_and_slope(x):
-    """tanh(x) and 1 - tanh(x)^2, float32, each within a few ulp: the slope is not a difference where tanh is near 1.
+    """tanh(x) and 1 - tanh(x)^2, float32: tanh within a few ulp, the slope too, or within |x| ulp, what one rounding of
+    x does to it. It is not a difference where tanh is near 1.
 
     Below 0.625 Cephes' odd polynomial (tanhf); above it, with u = exp(-2|x|), 1 - 2u / (1 + u) and 4u / (1 + u)^2.
     """

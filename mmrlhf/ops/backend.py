@@ -125,7 +125,7 @@ BACKENDS: tuple[Backend, ...] = (
         _refuse_cpu,
         ("cpu",),
         "mmrlhf.ops._cpu",
-        HEAD_KINDS,
+        takes=HEAD_KINDS,
     ),
     Backend(
         "torch",

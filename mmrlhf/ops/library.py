@@ -105,7 +105,7 @@ def _weight_grad(
         engine.weight_grad(
             head,
             hidden.contiguous(),
-            _unpack(state, targets, capped=softcap is not None, indices=backend != "triton"),
+            _unpack(state, targets, capped=softcap is not None, indices=backend not in ("triton", "cuda")),
             grad.contiguous(),
             grad_weight=grads[0] if of_weight else None,
             grad_bias=grads[1] if of_bias else None,
@@ -140,7 +140,7 @@ def _pack(rows: Rows) -> Tensor:
 
 
 def _unpack(state: Tensor, targets: Tensor, *, capped: bool, indices: bool) -> Rows:
-    """`indices`: of the rows done again, which only a host that waits for the device can know; triton does without."""
+    """`indices`: of the rows done again, which only a host that waits can know; triton and cuda do without."""
     z_y, slope_y, offset, rest, redone = state.contiguous()
     index = redone.nonzero()[:, 0] if indices else redone.new_empty(0)
     return Rows(targets.long(), z_y, slope_y if capped else None, offset, rest, index if index.numel() else None)
