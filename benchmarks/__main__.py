@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--full", action="store_true", help="the heads of known models; hours on a CPU, see --case")
     found.add_argument("--case", action="append", default=[], help="only cases whose names hold this; repeatable")
     found.add_argument("--side", action="append", default=[], help="only these sides; repeatable")
-    found.add_argument("--rounds", type=int, default=5, help="at most; the fastest counts")
+    found.add_argument("--rounds", type=int, default=5, help="at most; their median counts")
     found.add_argument("--seconds", type=float, default=30, help="of a side, then no further round; two at least")
     found.add_argument("--threads", type=int, help="of PyTorch and of the compiled pass")
     found.add_argument("--device", default="cpu")

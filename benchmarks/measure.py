@@ -1,13 +1,17 @@
 """How it is measured: the gate, seconds in units of U, peak bytes, and the machine it was done on.
 
-U, one matmul of the case's hidden and weight into memory that is there already, is timed before every round, so that
-other load weighs on both; the fastest round is divided by the fastest U. `cpu` is the same in seconds of this
-process's processors, which other processes do not lengthen: at one thread the figure to trust on a busy machine.
+U, one matmul of the case's hidden and weight into memory that is there already, is timed before and after every round.
+A round's figure is its time over the mean of those two, so that other load weighs on both; the median of the rounds is
+given. (Not the fastest round over the fastest U: a step is longer than U, and meets fewer quiet moments of a shared
+machine.) `cpu` is the same in seconds of this process's processors, which other processes do not lengthen: at one
+thread the figure to trust on a busy machine.
 """
 
 from __future__ import annotations
 
+import itertools
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,31 +73,43 @@ def measure(side: Side, problem: Problem, truth: Outcome, baseline: Outcome, *, 
         return Figures(side.name, errors, verdict, side.floor_of(problem))
     step = side.step(problem)  # new leaves: without gradients yet, so that the peak counts them
     extra = peak_bytes(step, problem.hidden.device)
-    wall, cpu = times(step, problem, rounds, seconds)
+    took = times(step, problem, rounds, seconds)
     return Figures(
         side.name,
         errors,
         verdict,
         side.floor_of(problem),
-        milliseconds=round(1e3 * wall[0], 3),
-        units=round(wall[0] / wall[1], 3),
-        cpu_units=round(cpu[0] / cpu[1], 3) if problem.hidden.device.type == "cpu" else None,
+        milliseconds=round(1e3 * took.seconds, 3),
+        units=round(took.units, 3),
+        cpu_units=round(took.cpu_units, 3) if problem.hidden.device.type == "cpu" else None,
         extra_bytes=extra,
     )
 
 
-def times(
-    step: Callable[[], Any], problem: Problem, rounds: int, seconds: float
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """((step, U) seconds on the wall, (step, U) of processor time): the fastest of the rounds."""
+@dataclass(frozen=True)
+class Times:
+    """Medians of the rounds."""
+
+    seconds: float
+    units: float
+    cpu_units: float
+
+
+def times(step: Callable[[], Any], problem: Problem, rounds: int, seconds: float) -> Times:
+    """At least two rounds, and no more than `rounds` or than `seconds` hold."""
     one, start = unit(problem), time.perf_counter()
     one()
     steps: list[tuple[float, float]] = []
-    units: list[tuple[float, float]] = []
+    units = [clocks(one, problem.hidden)]
     while len(steps) < rounds and (len(steps) < 2 or time.perf_counter() - start < seconds):
-        units.append(clocks(one, problem.hidden))
         steps.append(clocks(step, problem.hidden))
-    return (min(s[0] for s in steps), min(u[0] for u in units)), (min(s[1] for s in steps), min(u[1] for u in units))
+        units.append(clocks(one, problem.hidden))
+
+    def ratio(clock: int) -> float:
+        around = [(before[clock] + after[clock]) / 2 for before, after in itertools.pairwise(units)]
+        return statistics.median(step[clock] / u for step, u in zip(steps, around, strict=True))
+
+    return Times(statistics.median(step[0] for step in steps), ratio(0), ratio(1))
 
 
 def unit(problem: Problem) -> Callable[[], Tensor]:

@@ -139,10 +139,10 @@ def tune_cpu(seconds: float) -> Iterator[str]:
     for tiles in dict.fromkeys([(now.rows, now.columns), *grid]):
         streaming.pick = lambda *_, tiles=tiles: streaming.Tiles(*tiles)  # type: ignore[assignment]
         try:
-            wall, _ = times(OURS.step(problem), problem, 5, seconds / (len(grid) + 1))
+            took = times(OURS.step(problem), problem, 5, seconds / (len(grid) + 1))
         finally:
             streaming.pick = picked
-        found.append((wall[0] / wall[1], tiles))
+        found.append((took.units, tiles))
     for units, tiles in sorted(found):
         mark = "  <- pick() takes it" if tiles == (now.rows, now.columns) else ""
         yield f"{units:6.3f} U  {tiles[0]:4} rows x {tiles[1]:4} columns{mark}"

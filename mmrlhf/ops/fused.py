@@ -73,7 +73,7 @@ def fused_preference_loss(
     `preference_loss`. `beta` may also be a function, called without gradients with (scores [R], reference_scores), that
     gives a number or [P]. The SFT term sums -logp, every token weighing 1, over the better response of each pair.
     `num_pairs` (default P) and `num_sft_tokens` (default: those tokens, once a pair) let one micro-batch be divided by
-    a whole step's totals. `memory_budget`: bytes of exponentials kept at once for a trained head, default 1 GiB.
+    a whole step's totals. `memory_budget`: bytes of exponentials kept at once for a trained head, default 2 GiB.
 
     Only `loss` of the result carries a gradient, to hidden, weight, bias and adapter. Raises what the four ops raise,
     and ValueError where another argument requires a gradient. To cut chunks, cu_seqlens and pairs are read on the host.
@@ -276,19 +276,32 @@ def _components(responses: int, pairs: list[list[int]]) -> list[tuple[int, int]]
 
 
 def _merge(ranges: list[tuple[int, int]], ends: list[int], row_bytes: int, budget: int) -> list[tuple[int, int]]:
-    """Neighbouring ranges joined while they fit, and those that do not fit joined with each other: few, large GEMMs."""
+    """Neighbouring ranges joined while they fit, and those that do not fit joined with each other: few, large GEMMs.
 
-    def fits(first: int, last: int) -> bool:
-        return (ends[last] - ends[first]) * row_bytes <= budget
+    Of the ways to make so few, one of chunks about equal in size: the largest decides how much memory is touched, and
+    no chunk is left with GEMMs a few rows thin.
+    """
 
-    merged: list[tuple[int, int]] = []
-    for first, last in ranges:
-        joins = merged and (fits(merged[-1][0], last) or not (fits(*merged[-1]) or fits(first, last)))
-        if joins:
-            merged[-1] = (merged[-1][0], last)
-        else:
-            merged.append((first, last))
-    return merged
+    def size(first: int, last: int) -> int:
+        return (ends[last] - ends[first]) * row_bytes
+
+    def joined(most: int) -> list[tuple[int, int]]:
+        merged: list[tuple[int, int]] = []
+        for first, last in ranges:
+            alone = merged and size(*merged[-1]) > budget and size(first, last) > budget
+            if merged and (size(merged[-1][0], last) <= most or alone):
+                merged[-1] = (merged[-1][0], last)
+            else:
+                merged.append((first, last))
+        return merged
+
+    fewest = joined(budget)
+    for eighths in range(7, 0, -1):
+        smaller = joined(budget * eighths // 8)
+        if len(smaller) > len(fewest):
+            break
+        fewest = smaller
+    return fewest
 
 
 def _restrict(o: Objective, pairs: list[list[int]], first: int, last: int, tokens: slice) -> Objective:

@@ -212,6 +212,14 @@ def test_chunks_cut_between_groups():
     assert [(c.tokens.stop, c.keep) for c in fused.plan(objective, N, ROW, 13 * ROW)] == [(34, False), (47, True)]
 
 
+def test_chunks_are_about_equal():
+    """A thin last chunk costs a whole pass over the weight, and a full first one all the memory of the budget."""
+    ends = torch.arange(0, 17) * 3
+    objective = reference.Objective(ends, torch.arange(16).view(8, 2))
+    chunks = fused.plan(objective, 48, ROW, 42 * ROW)
+    assert [(c.tokens.start, c.tokens.stop, c.keep) for c in chunks] == [(0, 24, True), (24, 48, True)]
+
+
 def test_is_the_composition_of_the_ops():
     problem, settings = scene(bias=False)
     leaves = problem.leaves()
