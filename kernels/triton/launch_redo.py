@@ -93,18 +93,18 @@ def maximum_(
 
 def _launch(
     mode: str,
-    hidden: Tensor,
-    weight: Tensor,
-    out: Tensor | None,
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [c, H]
+    out: Tensor | None,  # [capacity, c] or, by_row, [N, c]
     chosen: Chosen,
-    target: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
+    target: Tensor,  # [N]
+    offset: Tensor,  # [N]
+    bias: Tensor | None,  # [c]
     epilogue: Epilogue,
-    partial: Tensor | None,
+    partial: Tensor | None,  # [statistics, tiles, capacity]
     by_row: bool,
-    low: Tensor | None,
-    up: Tensor | None,
+    low: Tensor | None,  # [N, r]
+    up: Tensor | None,  # [c, r]
 ) -> None:
     by_columns(hidden, weight, out, low, up)
     vocab, width = weight.shape

@@ -112,12 +112,12 @@ def _term(b, w, beta, eps, gamma, tau, delta, KIND: tl.constexpr):
 
 @triton.jit
 def _scores(
-    logp,
-    token_weight,
-    cu_seqlens,
-    scratch,
-    scores,
-    responses,
+    logp,  # [N]
+    token_weight,  # [N] or None
+    cu_seqlens,  # [R + 1]
+    scratch,  # float64, [3 * R] of it out
+    scores,  # [R] out
+    responses,  # R
     MEAN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -160,7 +160,7 @@ def _scores(
 
 @triton.jit
 def _pair(p, mask, pairs, scratch, reference, beta, beta_stride, margin, beta_value, w, k):
-    """better, worse, their log-ratios and beta of the pairs p."""
+    """better, worse, their log-ratios and beta of the pairs p, each [BLOCK_P]; arguments as `preference_kernel`'s."""
     better = tl.load(pairs + 2 * p, mask=mask, other=0).to(tl.int32)
     worse = tl.load(pairs + 2 * p + 1, mask=mask, other=0).to(tl.int32)
     b = tl.load(scratch + better, mask=mask, other=0.0)
@@ -195,11 +195,11 @@ def _mean_reward(count, pairs, scratch, reference, beta, beta_stride, margin, be
 @triton.jit
 def _response(
     r,  # [BLOCK_R]
-    count,
-    pairs,
-    grad_better,
-    grad_worse,
-    betas,
+    count,  # P
+    pairs,  # [P, 2]
+    grad_better,  # [P] float64
+    grad_worse,  # [P] float64
+    betas,  # [P]
     PER_PAIR: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -229,12 +229,12 @@ def _response(
 @triton.jit
 def _token_derivatives(
     r,  # [BLOCK_R]
-    responses,
+    responses,  # R
     per_weight,  # [BLOCK_R], d loss / d (weight * logp)
     sft,  # [BLOCK_R], d loss / d logp through the sft term
-    token_weight,
-    cu_seqlens,
-    coef,
+    token_weight,  # [N] or None
+    cu_seqlens,  # [R + 1]
+    coef,  # [N] out: d loss / d logp
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):

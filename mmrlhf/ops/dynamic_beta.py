@@ -22,7 +22,8 @@ def dynamic_beta(
     MM-RLHF (2502.10391) section 4: `margin` is reward(better) - reward(worse), beta_ori = 0.1 and w = k = 0.5 its
     defaults. A negative margin gives plain `beta`, and so does NaN, which is how a batch marks a pair without one.
 
-    Raises TypeError where `margin` is not float32 or float64, ValueError for beta <= 0, w < 0 or k <= 0.
+    Raises TypeError where `margin` is not float32 or float64 or another argument is no number, ValueError for
+    beta <= 0, w < 0 or k <= 0.
     """
     checks.tensor("margin", margin, checks.SCORE_DTYPES)
     checks.positive("beta", beta)

@@ -117,10 +117,10 @@ class Given:
 
 
 def prepare(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
     logit_scale: float,
     softcap: float | None,
     adapter: Adapters,
@@ -272,14 +272,24 @@ class _LinearLogp(torch.autograd.Function):
         return None, None, None, None, None, grad_hidden, grad_low, *grads
 
 
-def _head_gradients(ctx: Any, grad: Tensor, flat, hidden, low, weight, bias, up, *vectors) -> tuple[Tensor | None, ...]:
+def _head_gradients(
+    ctx: Any,
+    grad: Tensor,  # [N]
+    flat: Tensor | None,  # the kept exponentials
+    hidden: Tensor,  # [N, H]
+    low: Tensor | None,  # [N, r]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    up: Tensor | None,  # [V, r]
+    *vectors: Any,  # the fields of `Rows`, [N] each
+) -> tuple[Tensor | None, ...]:
     """Gradients of weight, bias and up, each None if not wanted."""
     head = streaming.Head(weight, bias, up=up, **ctx.settings)
     keep = None if flat is None else ctx.engine.Kept(flat, hidden.shape[0], weight.shape[0], ctx.columns)
     wants = ctx.needs_input_grad[7:]
     dtypes = (weight.dtype, torch.float32, torch.float32)  # a block of dW is whole when it is written: rounded there
     of_weight, of_bias, of_up = (
-        torch.empty(tensor.shape, dtype=dtype, device=tensor.device) if wanted else None
+        torch.empty(tensor.shape, dtype=dtype, device=tensor.device) if tensor is not None and wanted else None
         for tensor, dtype, wanted in zip((weight, bias, up), dtypes, wants, strict=True)
     )
     adapter = {} if low is None else {"low": low, "grad_up": of_up}
@@ -296,6 +306,6 @@ def _head_gradients(ctx: Any, grad: Tensor, flat, hidden, low, weight, bias, up,
         )
     return (
         of_weight,
-        None if of_bias is None else of_bias.to(bias.dtype),
-        None if of_up is None else of_up.to(up.dtype),
+        None if of_bias is None or bias is None else of_bias.to(bias.dtype),
+        None if of_up is None or up is None else of_up.to(up.dtype),
     )

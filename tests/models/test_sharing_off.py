@@ -34,6 +34,6 @@ def test_fifty_steps_without_sharing_have_the_same_losses(family, words, tmp_pat
     shared, apart = lines
     assert len(shared) == len(apart) == 50
     for one, other in zip(shared, apart, strict=True):
-        assert one["tokens"] == other["tokens"]
+        assert one["tokens"] < other["tokens"]  # a prompt a group, and a prompt a response
         assert abs(one["loss"] - other["loss"]) <= 1e-4, one["step"]
     assert sum(line["loss"] for line in shared[-5:]) < 0.9 * sum(line["loss"] for line in shared[:5])
