@@ -3,6 +3,7 @@ measured at several N, time and memory over N."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,18 @@ def plot(about: dict[str, Any], path: Path) -> None:
     for label, (_, _, weight) in zip(axes.get_yticklabels(), ticks, strict=True):
         label.set_fontweight(weight)
     axes.invert_yaxis()
-    axes.set_xlabel("time in U = 2 N H V flops, one matmul of the rows and the head; black: the design's floor")
-    axes.set_title(f"{about['command']}, {about['machine']['threads']} threads", fontsize=8)
+    label = "time in U = 2 N H V flops, one matmul of the rows and the head; black: the design's floor"
+    figure.supxlabel(label, fontsize=8)
+    figure.suptitle(_how(about, 130), fontsize=6)
     figure.savefig(path)
+
+
+def _how(about: dict[str, Any], width: int) -> str:
+    """The command and its threads in lines of `width` characters, cut before options: matplotlib would run over the
+    edge of the picture."""
+    command = about["command"].replace("--case ", "--case\u00a0").replace("--side ", "--side\u00a0")
+    lines = textwrap.wrap(f"{command}, {about['machine']['threads']} threads", width, break_on_hyphens=False)
+    return "\n".join(lines).replace("\u00a0", " ")
 
 
 def curves(about: dict[str, Any], path: Path) -> bool:
@@ -66,6 +76,6 @@ def curves(about: dict[str, Any], path: Path) -> bool:
             axes.set_xlabel("N, scored tokens")
             axes.grid(True, which="major", alpha=0.3)
         time.legend(fontsize=7)
-    figure.suptitle(f"{about['command']}, {about['machine']['threads']} threads", fontsize=7, wrap=True)
+    figure.suptitle(_how(about, 150), fontsize=6)
     figure.savefig(path)
     return True
