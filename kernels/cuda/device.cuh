@@ -80,7 +80,7 @@ __device__ __forceinline__ void store(Bfloat16* out, float value) {
 struct Nothing {};  // nothing is stored: the sums alone
 __device__ __forceinline__ void store(Nothing*, float) {}
 
-// How many of the chosen rows this launch has: on the device alone.
+// How many of the chosen rows this launch has, which the device alone knows; 0 or less where they end before `first`.
 __device__ __forceinline__ int64_t number_of(const Chosen& chosen) {
   const int64_t left = *chosen.count - chosen.first;
   return left < chosen.capacity ? left : chosen.capacity;

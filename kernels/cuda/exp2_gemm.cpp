@@ -124,7 +124,8 @@ GemmStatus exp2_gemm_facts(const Exp2Gemm& a, GemmFacts& facts) {
 
 GemmStatus exp2_gemm(const Exp2Gemm& a) {
   if (refuse(a) != nullptr) return GemmStatus::refused;
-  return a.rows == 0 ? GemmStatus::ok : kLaunch[a.softcap > 0.0][a.tile](a, plan_exp2_gemm(a.rows, a.vocab, a.tile).swizzle);
+  if (a.rows == 0) return GemmStatus::ok;
+  return kLaunch[a.softcap > 0.0][a.tile](a, plan_exp2_gemm(a.rows, a.vocab, a.tile).swizzle);
 }
 
 #else

@@ -1,6 +1,7 @@
 // exp2_gemm for Hopper (sm_90a): E[n, v] = 2^(z log2(e) - k_n) with z = logit_scale <h_n, W_v> + b_v, or with a cap
-// softcap tanh(z / softcap); in bfloat16, times the slope of the cap, or not stored at all; and its partial sums. The GEMM is CUTLASS's, whose headers are needed to build it and only there:
-// this header needs neither them nor CUDA's, and exp2_gemm_built() says whether the kernels are in.
+// softcap tanh(z / softcap). E is stored in bfloat16, times the slope of the cap, or not at all; its partial sums,
+// without the slope, always are. The GEMM is CUTLASS's, whose headers only the kernels' build needs: this header needs
+// neither them nor CUDA's, and exp2_gemm_built() says whether the kernels are in.
 //
 //   refuse() -> plan_exp2_gemm() -> the caller allocates `partial` -> exp2_gemm()
 //
@@ -19,7 +20,7 @@ namespace mmrlhf::cuda {
 struct GemmTile {
   const char* name;
   int rows, columns;
-  double slowness;  // time an element takes against the first tile's, for choosing: see pick() in exp2_gemm.cpp
+  double slowness;  // time an element takes against the first tile's, for choosing: see pick_gemm_tile
 };
 
 // How a problem is cut. Two blocks, one above the other, share the loads of a weight tile.

@@ -5,7 +5,7 @@ namespace mmrlhf::cuda {
 
 using Tiled = sm90::Tiled<cute::Shape<cute::_128, cute::_256, cute::_64>,
                           cutlass::gemm::KernelTmaWarpSpecializedCooperative,
-                          cutlass::epilogue::TmaWarpSpecializedCooperative, false>;
+                          cutlass::epilogue::TmaWarpSpecializedCooperative, /*kCapped=*/false>;
 
 GemmStatus launch_128x256(const Exp2Gemm& arguments, int swizzle) { return Tiled::launch(arguments, swizzle); }
 GemmFacts facts_128x256(const Exp2Gemm& arguments, int swizzle) { return Tiled::facts(arguments, swizzle); }

@@ -5,7 +5,7 @@ namespace mmrlhf::cuda {
 
 using Tiled = sm90::Tiled<cute::Shape<cute::_128, cute::_256, cute::_64>,
                           cutlass::gemm::KernelTmaWarpSpecializedCooperative,
-                          cutlass::epilogue::TmaWarpSpecializedCooperative, true>;
+                          cutlass::epilogue::TmaWarpSpecializedCooperative, /*kCapped=*/true>;
 
 GemmStatus launch_128x256_softcap(const Exp2Gemm& arguments, int swizzle) { return Tiled::launch(arguments, swizzle); }
 GemmFacts facts_128x256_softcap(const Exp2Gemm& arguments, int swizzle) { return Tiled::facts(arguments, swizzle); }

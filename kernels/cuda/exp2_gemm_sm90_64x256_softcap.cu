@@ -5,7 +5,7 @@ namespace mmrlhf::cuda {
 
 using Tiled = sm90::Tiled<cute::Shape<cute::_64, cute::_256, cute::_64>,
                           cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                          cutlass::epilogue::TmaWarpSpecialized, true>;
+                          cutlass::epilogue::TmaWarpSpecialized, /*kCapped=*/true>;
 
 GemmStatus launch_64x256_softcap(const Exp2Gemm& arguments, int swizzle) { return Tiled::launch(arguments, swizzle); }
 GemmFacts facts_64x256_softcap(const Exp2Gemm& arguments, int swizzle) { return Tiled::facts(arguments, swizzle); }

@@ -20,8 +20,9 @@ cudaError_t exp2_rowsum(float* tile,                // [rows, cols], row stride 
                         float* target_exp,          // [rows] or null: receives the exponential at that column
                         int64_t rows, int64_t cols, int64_t stride, bool accumulate, cudaStream_t stream);
 
-// The head: z = logit_scale * <h, W_v> + bias_v, with a cap softcap * tanh(z / softcap). Matrices have their columns side
-// by side; `half` says bfloat16 and not float32. `vectors` is the launcher's to fill: whether addresses allow 16 B loads.
+// The head: z = logit_scale * <h, W_v> + bias_v, with a cap softcap * tanh(z / softcap). Logits are in nats. Matrices
+// have their columns side by side; strides are elements from one row to the next; `half` says bfloat16 and not float32.
+// `vectors` is the launcher's to fill: whether addresses allow loads and stores of several numbers at once.
 
 // The target's logit, the slope of the cap there, and the row's offset k = rint(z_y log2(e)). A target outside
 // [0, vocab) is not read: its row becomes NaN.
@@ -57,7 +58,7 @@ struct Exp2Epilogue {
 cudaError_t exp2_epilogue(Exp2Epilogue arguments, cudaStream_t stream);
 
 // Rows to do again, which the device alone knows: `select` writes their indices in ascending order, and how many they
-// are. Of them a launch takes the places first ... first + capacity, so many as there are.
+// are. A launch takes those at the places [first, first + capacity) that exist.
 struct Chosen {
   const int32_t* index;  // [rows]
   const int32_t* count;  // [1]
@@ -76,7 +77,7 @@ struct Finish {
 };
 cudaError_t finish(const Finish& arguments, cudaStream_t stream);
 
-// product <- dlogp/dh from E W, whose target column was 0.
+// product <- dlogp/dh, from E W with E 0 in the target's column. For an adapter: dlogp/du from E B, `weight` being B.
 struct UnitGradient {
   float* product;         // [rows, width], in place
   const void* weight;     // [vocab, width]
@@ -128,7 +129,8 @@ cudaError_t redo_maximum(Redo arguments, cudaStream_t stream);
 // E of the block, 0 at the targets, and its sums to `partial`; either may be null.
 cudaError_t redo_exponentials(Redo arguments, cudaStream_t stream);
 
-// dlogp/dh of the chosen rows from their exponentials; of an adapter, their gradient by its part of the rows.
+// dlogp/dh of the chosen rows, from their exponentials with 0 in the target's column. For an adapter: dlogp/du,
+// `weight` being its B, which is float32 whatever the exponentials are.
 struct RedoUnit {
   const void* exponentials;  // [capacity, vocab], or with by_row [rows, vocab]
   const void* weight;        // [vocab, width]
@@ -145,9 +147,9 @@ struct RedoUnit {
 };
 cudaError_t redo_unit(const RedoUnit& arguments, cudaStream_t stream);
 
-// Token statistics of a block of columns, kTileColumns at a time: partial[:, tile, row] are the largest logit, then over
-// the other tokens the sums of E = exp(z - largest), E (z - largest) and E^2, and the sum of all z. z_y[row] where the
-// block has the target.
+// Token statistics of a block of columns, kTileColumns at a time: partial[:, tile, row] are the largest logit, then
+// over the other tokens the sums of E = exp(z - largest), E (z - largest) and E^2, and the sum of all z. z_y[row] is
+// written where the block has the target, else left as it is.
 constexpr int kStatistics = 5;
 struct TokenStatistics {
   const float* tile;      // [rows, columns] <h, W_v> for v = start ...
@@ -165,11 +167,11 @@ cudaError_t token_statistics(TokenStatistics arguments, cudaStream_t stream);
 struct FinishStatistics {
   const float* partial;  // [kStatistics, tiles, rows]
   const float* z_y;      // [rows]
-  float* logp;           // [rows] out, as all that follow
-  float* entropy;
-  float* sum_p2;
-  float* mean_logit;
-  int8_t* is_top1;
+  float* logp;           // [rows] out, nats
+  float* entropy;        // [rows] out, nats
+  float* sum_p2;         // [rows] out
+  float* mean_logit;     // [rows] out, nats
+  int8_t* is_top1;       // [rows] out: 1 where no token has a larger logit than z_y
   int64_t rows, tiles, vocab, statistic_stride, partial_stride;
 };
 cudaError_t finish_statistics(const FinishStatistics& arguments, cudaStream_t stream);

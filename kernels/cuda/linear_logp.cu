@@ -1,8 +1,9 @@
 // linear_logp around the library's GEMMs: target_logit -> (GEMM -> exp2_epilogue) a block of columns -> finish, and
 // unit_gradient. Each reads and writes every number once, 16 B a thread where addresses allow, one number where not, so
-// its floor is the memory's bandwidth: 8 B a logit for the epilogue with float32 exponentials, 6 B with bfloat16, at
-// some 20 instructions a logit, a third of what the multiprocessors could do in that time.
-// No atomics and no order left to chance: every sum is a lane's own columns in order, then a butterfly over the warp.
+// its floor is the memory's bandwidth: 8 B a logit for the epilogue with float32 exponentials, 6 B with bfloat16, 4 B
+// for the sums alone, at some 20 instructions a logit, a third of what the multiprocessors could do in that time.
+// No atomics and no order left to chance: a row's sum is a lane's own columns in order, then a butterfly over the warp;
+// `finish` adds the tiles in float64, eight slices of them in order and then the slices.
 // Offsets are 64-bit; V, H and the strides are free. A row that is not finite spoils no other: nothing is shared by rows.
 #include "device.cuh"
 #include "launch.h"
@@ -36,7 +37,9 @@ __global__ void __launch_bounds__(kThreads) target_logit_kernel(const TargetLogi
   const T* hidden = static_cast<const T*>(a.hidden) + row * a.hidden_stride;
   const T* weight = static_cast<const T*>(a.weight) + (known ? y : 0) * a.weight_stride;
   constexpr int kSize = Vector<T>::kSize;
-  double sums[kSize] = {};  // every other logit is measured from this one: its products must not be rounded one by one
+  // In double: every other logit is measured from this one, and a float32 sum whose products are rounded one by one is
+  // several times further off than the GEMM's. A product of two floats is exact here, and a row costs only `width`.
+  double sums[kSize] = {};
   int64_t first = 0;
   if (a.vectors && known) {
     first = a.width / kSize * kSize;
@@ -44,7 +47,9 @@ __global__ void __launch_bounds__(kThreads) target_logit_kernel(const TargetLogi
     for (int64_t i = lane * kSize; i < first; i += kWarpSize * kSize) {
       const auto h = *reinterpret_cast<const Vector<T>*>(hidden + i), w = *reinterpret_cast<const Vector<T>*>(weight + i);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) sums[j] = fma(static_cast<double>(to_float(h.at[j])), static_cast<double>(to_float(w.at[j])), sums[j]);
+      for (int j = 0; j < kSize; ++j) {
+        sums[j] = fma(static_cast<double>(to_float(h.at[j])), static_cast<double>(to_float(w.at[j])), sums[j]);
+      }
     }
   }
   if (known) {

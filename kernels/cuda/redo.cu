@@ -2,13 +2,13 @@
 //
 //   select -> redo_maximum (offset <- the true one) -> redo_exponentials -> finish -> redo_unit
 //
-// A row with S' above 2^64 (its target over 44 nats below the largest logit), or not finite, is done again with its true
+// A row with S' above 2^64 (its target's log-probability below -44 nats), or not a number, is done again with its true
 // maximum as the offset. Asking the host which rows these are would make it wait, and end the capture of a graph. So
 // everything here is launched whatever they are, and a block walks over as many tiles as their number gives: none, as a
 // rule, and then it ends at once.
-// Plain FMAs, no tensor cores: tiles of 16 gathered rows, for a few bad rows read the weight at about the memory's speed
-// and all rows bad is correct and slow. The same rows give the same E bitwise, so a gradient of the weight can make E
-// again, a block of columns at a time. No atomics: a tile's maximum and sums have places of their own.
+// Plain FMAs on tiles of 16 gathered rows, no tensor cores: with a few bad rows the weight is read at about the memory's
+// speed; with all rows bad the result is right, and slow. The same rows give the same E bitwise, so a gradient of the
+// weight can make E again, a block of columns at a time. No atomics: a tile's maximum and sums have places of their own.
 #include "device.cuh"
 
 namespace mmrlhf::cuda {

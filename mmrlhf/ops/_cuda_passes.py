@@ -299,7 +299,7 @@ def sweep_statistics(head: Head, hidden: Tensor, targets: Tensor) -> Statistics:
     size = column_block(count, vocab, 4, TILE_COLUMNS)
     logits = torch.empty(count, padded(size), dtype=torch.float32, device=hidden.device)
     partial = torch.empty(5, -(-vocab // TILE_COLUMNS), count, dtype=torch.float32, device=hidden.device)
-    z_y = empty()
+    z_y = empty().fill_(torch.nan)  # a target that is no token is in no block: its logp is NaN, as linear_logp's
     for start in range(0, vocab, size):
         stop = min(start + size, vocab)
         block, tile = block_of(head, start, stop), logits[:, : stop - start]

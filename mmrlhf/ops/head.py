@@ -23,7 +23,10 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
 
-def exp2_(logits: Tensor, offset: Tensor) -> Tensor:
+def exp2_(
+    logits: Tensor,  # [n, c] float32
+    offset: Tensor,  # [n, 1] float32, integers
+) -> Tensor:
     """logits <- 2^(logits * log2(e) - offset), in place.
 
     The offset is taken off first: a product is rounded in proportion to its size, small near the target.
@@ -67,6 +70,7 @@ Epilogue = Callable[..., Tensor]  # as exp2_rowsum_
 
 
 def offset_of(logit: Tensor) -> Tensor:
+    """k: a logit in nats as an exponent of 2, made an integer so that 2^-k scales without rounding. [n] to [n]"""
     return (logit * LOG2E).round()
 
 
@@ -86,8 +90,8 @@ class Head:
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     logit_scale: float
-    softcap: float | None
-    up: Tensor | None = None  # [V, r]
+    softcap: float | None  # nats
+    up: Tensor | None = None  # [V, r], B
     shard: VocabShard | None = None
 
     @property
@@ -119,10 +123,17 @@ class Head:
         return self.up[start:stop].float().contiguous()
 
     def rows(self, hidden: Tensor) -> Tensor:
-        """Hidden rows in the dtype the GEMMs take."""
+        """Hidden rows in the dtype the GEMMs take. [n, H]"""
         return hidden if self.wide else hidden.float()
 
-    def project_(self, rows: Tensor, block: Tensor, start: int, tile: Tensor, low: Tensor | None = None):
+    def project_(
+        self,
+        rows: Tensor,  # [n, H], of `rows`
+        block: Tensor,  # [c, H], of `block` from `start` on
+        start: int,
+        tile: Tensor,  # [n, c] float32 out
+        low: Tensor | None = None,  # [n, r] float32
+    ) -> Tensor | None:
         """tile [n, c] <- logits z; returns their slope dz / d(uncapped z) [n, c] where there is a cap."""
         if self.wide:
             torch.mm(rows, block.T, out_dtype=torch.float32, out=tile)
@@ -138,7 +149,7 @@ class Head:
         return targets.long() if self.shard is None else self.shard.local(targets.long())
 
     def at(self, matrix: Tensor, targets: Tensor) -> Tensor:
-        """The targets' rows of `matrix` [V, any] in float32; zeros where another rank has them."""
+        """The targets' rows of `matrix` [V, any] in float32; zeros where another rank has them. [n, any]"""
         if self.shard is None:
             return matrix[targets].float()
         if matrix.shape[0] == 0:
@@ -180,8 +191,8 @@ class Rows:
     """What a pass over the vocabulary knows of n rows."""
 
     targets: Tensor  # [n] int64, `Head.local`
-    z_y: Tensor  # [n] target logit
-    slope_y: Tensor | None  # [n]
+    z_y: Tensor  # [n] target logit, nats
+    slope_y: Tensor | None  # [n] slope of the cap at the target
     offset: Tensor  # [n] k, an integer
     rest: Tensor  # [n] S'
     redone: Tensor | None = None  # indices of the rows whose offset is their true maximum
@@ -195,14 +206,16 @@ class Rows:
 
     @property
     def e_y(self) -> Tensor:
+        """E_y, the target's exponential. [n]"""
         return self.epilogue(self.z_y.clone()[:, None], self.offset)
 
     @property
     def total(self) -> Tensor:
-        """S = S' + E_y."""
+        """S = S' + E_y. [n]"""
         return self.rest + self.e_y
 
     def logp(self) -> Tensor:
+        """Log-probabilities of the targets, nats. [n]"""
         # Where k is the row's maximum (a row done again) E_y may be 0; a difference of logarithms is exact enough.
         far = self.z_y - self.offset * LN2 - torch.log(self.total)
         return torch.where(self.offset == offset_of(self.z_y), -torch.log1p(self.rest / self.e_y), far)

@@ -109,6 +109,8 @@ class VocabShard:
         if not checks.visible(targets):
             return
         flat = targets.reshape(-1).long()
+        # Weighted by their places, so that the same targets in another order differ. A tuple of integers has one hash
+        # in every process, unlike a string.
         order = torch.arange(1, flat.numel() + 1, device=flat.device) % 65521
         cut = hash(self.bounds) % (1 << 40)
         facts = torch.tensor([flat.numel(), weight.shape[1], cut], device=flat.device)
@@ -123,6 +125,7 @@ class VocabShard:
 
 
 def _differing(extremes: Tensor) -> str:
+    """What the ranks disagree on; `extremes` [8]: the largest of each of the four facts, then of their negatives."""
     names = ("the number of rows", "the width H", "bounds", "targets")
     return " and ".join(n for n, high, low in zip(names, extremes[:4], -extremes[4:], strict=True) if high != low)
 

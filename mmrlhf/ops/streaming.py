@@ -73,7 +73,13 @@ def pick(rows: int, vocab: int, device_type: str = "cpu") -> Tiles:
 class Kept:
     """Exponentials of [n, V] in one flat buffer, cut into contiguous [n, c] tiles, one a block of the vocabulary."""
 
-    def __init__(self, flat: Tensor, rows: int, vocab: int, columns: int):
+    def __init__(
+        self,
+        flat: Tensor,  # [rows * vocab] float32
+        rows: int,
+        vocab: int,
+        columns: int,  # of a tile
+    ):
         self.flat, self.rows, self.vocab, self.columns = flat, rows, vocab, columns
 
     @classmethod
@@ -84,7 +90,7 @@ class Kept:
 
     @classmethod
     def over(cls, flat: Tensor, rows: int, head: Head) -> Kept:
-        """The same over the first bytes of a larger `flat` [bytes]."""
+        """The same over the first bytes of a larger `flat` [bytes] uint8."""
         vocab = head.weight.shape[0]
         some = flat[: 4 * rows * vocab].view(torch.float32)
         return cls(some, rows, vocab, pick(rows, vocab, flat.device.type).columns)
@@ -133,7 +139,7 @@ def forward(
     low: Tensor | None = None,  # [N, r] float32, with head.up
     unit_low: Tensor | None = None,  # [N, r] float32 out: dlogp/dlow
 ) -> tuple[Rows, Tensor | None]:
-    """One pass over the vocabulary: 1U, and 1U more for the unit gradient dlogp/dh [N, H] float32.
+    """One pass over the vocabulary: 1U (U = 2 N H V flops), and 1U more for the unit gradient dlogp/dh [N, H] float32.
 
     `keep` is filled with E, its target columns fixed, so that `weight_grad` needs no recompute.
     """
@@ -361,7 +367,7 @@ def weight_grad(
 
 
 def _block_sum(grad_weight: Tensor, rows: int, keep: Kept | None) -> Tensor | None:
-    """Where a block of a half-precision dW is summed; None where dW is float32 itself. [c, H]"""
+    """Where a block of a half-precision dW is summed, [c, H] float32; None where dW is float32 itself."""
     if grad_weight.dtype == torch.float32:
         return None
     vocab, width = grad_weight.shape

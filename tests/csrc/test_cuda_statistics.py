@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmrlhf.ops import reference, token_statistics
+from mmrlhf.ops.head import Head
 from numerics import HeadProblem, assert_no_worse
 
 pytest.importorskip("mmrlhf._C", reason="the extension is not built")
@@ -58,6 +59,19 @@ def test_statistics_of_a_nonfinite_row_and_of_no_token(public):
         problem.hidden[others], problem.weight, problem.targets[others], bias=masked, backend="cuda"
     )
     assert none.entropy.isnan().all()
+
+
+def test_a_target_that_is_no_token_gives_nan(public, monkeypatch):
+    """On a device nobody looks at the targets: the row's logp must not be what its memory held before."""
+    from mmrlhf.ops import _cuda_passes
+
+    problem = HeadProblem.random(6, 8, 40)
+    problem.targets[2] = 40
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(3))
+    found = _cuda_passes.sweep_statistics(Head(problem.weight, None, 1.0, None), problem.hidden, problem.targets)
+    assert found.logp().isnan().tolist() == [False, False, True, False, False, False]
+    assert not found.is_top1[2]
 
 
 def test_what_the_sanitizer_runs_is_right_on_the_host(emulated):
