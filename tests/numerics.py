@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmrlhf.ops import linear_logp, reference
+from mmrlhf.ops.head import Head
 
 
 def worst(out: Tensor, truth: Tensor) -> tuple[float, tuple[int, ...]]:
@@ -73,6 +74,18 @@ class HeadProblem:
         targets = torch.randint(0, v, (n,), generator=g)
         offset = torch.randn(v, generator=g).to(dtype) if bias else None
         return cls(hidden.to(dtype), weight.to(dtype), targets, offset, options)
+
+    @classmethod
+    def unlikely(cls, n, h, v, *, far, factor, **options) -> HeadProblem:
+        """Rows of which `far` are scaled up, and whose target is the least likely token."""
+        problem = cls.random(n, h, v, seed=2, **options)
+        problem.hidden[far] *= factor
+        z = problem.hidden @ problem.weight.T * options.get("logit_scale", 1.0)
+        problem.targets[:] = (z if problem.bias is None else z + problem.bias).argmin(1)
+        return problem
+
+    def head(self) -> Head:
+        return Head(self.weight, self.bias, self.options.get("logit_scale", 1.0), self.options.get("softcap"))
 
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         named = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}

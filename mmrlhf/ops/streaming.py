@@ -184,8 +184,10 @@ def _sweep(head: Head, hidden: Tensor, low: Tensor | None, rows: Rows, out: _Swe
         if unit_low is not None:
             _addmm(unit_low[part.index], tile, head.up_block(start, stop))
     head.sum_(rows.rest)
+    if not units:
+        return
     # dlogp/dz_v = 1[v = y] - E_v / S, and 1 - p_y = S' / S, exact as p_y -> 1.
-    scale = head.logit_scale / rows.total if units else rows.rest
+    scale = head.logit_scale / rows.total
     for grad, matrix in units:
         grad.mul_(-scale[:, None])
         grad.addcmul_(head.at(matrix, rows.targets), (-rows.target_fix() * scale)[:, None])

@@ -28,17 +28,7 @@ def small(engine, monkeypatch):
 
 
 def scene(far="some", factor=200.0, **options):
-    """Rows of which `far` are scaled up, and whose target is the least likely token."""
-    problem = HeadProblem.random(N, H, V, seed=2, **options)
-    problem.hidden[FAR[far]] *= factor
-    z = problem.hidden @ problem.weight.T * options.get("logit_scale", 1.0)
-    problem.targets[:] = (z if problem.bias is None else z + problem.bias).argmin(1)
-    return problem
-
-
-def head_of(problem):
-    options = problem.options
-    return Head(problem.weight, problem.bias, options.get("logit_scale", 1.0), options.get("softcap"))
+    return HeadProblem.unlikely(N, H, V, far=FAR[far], factor=factor, **options)
 
 
 def run(engine, head, hidden, targets, upstream, *, keep, **low):
@@ -69,7 +59,7 @@ def check(engine, problem, *, keep):
         leaves = problem.leaves(dtype)
         logp = how(targets=problem.targets, **leaves, **problem.options)
         expected.append((logp, *torch.autograd.grad((logp * upstream.to(dtype)).sum(), list(leaves.values()))))
-    rows, grads = run(engine, head_of(problem), problem.hidden, problem.targets, upstream, keep=keep)
+    rows, grads = run(engine, problem.head(), problem.hidden, problem.targets, upstream, keep=keep)
     for name, out, truth, baseline in zip(
         ("logp", "hidden", "weight", "bias"), [rows.logp(), *grads], *expected, strict=False
     ):
@@ -113,17 +103,17 @@ def test_between_44_and_88_nats(engine):
 def test_none_of_them_and_the_others_are_left_alone(engine, monkeypatch):
     """Launched for nothing it changes no bit; nor does it of the rows beside those that are run again."""
     problem = HeadProblem.random(N, H, V, bias=True)
-    found = run(engine, head_of(problem), problem.hidden, problem.targets, upstream_of(), keep=False)
+    found = run(engine, problem.head(), problem.hidden, problem.targets, upstream_of(), keep=False)
     far = scene("some", bias=True)
-    mixed = engine.forward(head_of(far), far.hidden, far.targets, unit=True)
+    mixed = engine.forward(far.head(), far.hidden, far.targets, unit=True)
     far.hidden[FAR["some"]] /= 200
     monkeypatch.setattr(engine, "redo", lambda *args, **kwargs: None)
-    plain = run(engine, head_of(problem), problem.hidden, problem.targets, upstream_of(), keep=False)
+    plain = run(engine, problem.head(), problem.hidden, problem.targets, upstream_of(), keep=False)
     assert torch.equal(found[0].logp(), plain[0].logp())
     assert all(torch.equal(a, b) for a, b in zip(found[1], plain[1], strict=True))
     others = torch.ones(N, dtype=torch.bool)
     others[FAR["some"]] = False
-    alone = engine.forward(head_of(far), far.hidden, far.targets, unit=True)
+    alone = engine.forward(far.head(), far.hidden, far.targets, unit=True)
     assert torch.equal(mixed[0].logp()[others], alone[0].logp()[others])
 
 
@@ -133,7 +123,7 @@ def test_a_nonfinite_row_is_run_again_and_stays_alone(engine):
     truth = reference.linear_logp(problem.hidden.double(), problem.weight.double(), problem.targets)
     baseline = plain_logp(problem.hidden, problem.weight, problem.targets)
     problem.hidden[[4, 9]] = torch.tensor([torch.nan, torch.inf])[:, None]
-    rows, unit = engine.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    rows, unit = engine.forward(problem.head(), problem.hidden, problem.targets, unit=True)
     others = [i for i in range(N) if i not in (4, 9)]
     assert not rows.logp()[[4, 9]].isfinite().any()
     assert_no_worse(rows.logp()[others], baseline[others], truth[others])
@@ -230,7 +220,7 @@ class NoHostRead(TorchDispatchMode):
 def test_no_host_read(engine, keep, softcap):
     """forward, objective and weight_grad of rows of which some are far below: no operator that waits for a value."""
     problem = scene(bias=True, softcap=softcap)
-    head, up, low = head_of(problem), torch.randn(V, 2), torch.randn(N, 2)
+    head, up, low = problem.head(), torch.randn(V, 2), torch.randn(N, 2)
     o = reference.Objective(
         torch.tensor([0, 20, N]),
         torch.tensor([[0, 1]]),

@@ -35,22 +35,12 @@ def way(request, monkeypatch):
 
 
 def scene(far="some", factor=200.0, **options):
-    """Rows of which `far` are scaled up, and whose target is the least likely token."""
-    problem = HeadProblem.random(N, H, V, seed=2, **options)
-    problem.hidden[FAR[far]] *= factor
-    z = problem.hidden @ problem.weight.T * options.get("logit_scale", 1.0)
-    problem.targets[:] = (z if problem.bias is None else z + problem.bias).argmin(1)
-    return problem
-
-
-def head_of(problem):
-    options = problem.options
-    return Head(problem.weight, problem.bias, options.get("logit_scale", 1.0), options.get("softcap"))
+    return HeadProblem.unlikely(N, H, V, far=FAR[far], factor=factor, **options)
 
 
 def run(problem, upstream, *, keep):
     """logp, and the gradients of hidden, weight and bias."""
-    head = head_of(problem)
+    head = problem.head()
     kept = _triton.Kept.empty(N, head) if keep else None
     if kept is not None:
         kept.flat.fill_(float("nan"))
@@ -122,9 +112,9 @@ def test_the_other_rows_are_left_alone(way):
     problem = scene("some")
     far = torch.zeros(N, dtype=torch.bool)
     far[FAR["some"]] = True
-    rows, unit = _triton.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    rows, unit = _triton.forward(problem.head(), problem.hidden, problem.targets, unit=True)
     problem.hidden[far] /= 200
-    plain_rows, plain_unit = _triton.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    plain_rows, plain_unit = _triton.forward(problem.head(), problem.hidden, problem.targets, unit=True)
     assert torch.equal(rows.logp()[~far], plain_rows.logp()[~far])
     if way == "gemm":  # the library's GEMM may add in another order for other numbers of threads
         assert torch.equal(unit[~far], plain_unit[~far])
@@ -136,7 +126,7 @@ def test_a_nonfinite_row_is_run_again_and_stays_alone(way):
     truth = reference.linear_logp(problem.hidden.double(), problem.weight.double(), problem.targets)
     baseline = plain_logp(problem.hidden, problem.weight, problem.targets)
     problem.hidden[[4, 9]] = torch.tensor([float("nan"), float("inf")])[:, None]
-    rows, unit = _triton.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    rows, unit = _triton.forward(problem.head(), problem.hidden, problem.targets, unit=True)
     others = [i for i in range(N) if i not in (4, 9)]
     assert not rows.logp()[[4, 9]].isfinite().any()
     assert_no_worse(rows.logp()[others], baseline[others], truth[others])
@@ -181,7 +171,7 @@ class NoHostRead(TorchDispatchMode):
 def test_no_host_read(way, keep):
     """forward, objective and weight_grad of rows of which some are far below: no operator that waits for a value."""
     problem = scene(bias=True)
-    head = head_of(problem)
+    head = problem.head()
     o = reference.Objective(
         torch.tensor([0, 20, N]),
         torch.tensor([[0, 1]]),
