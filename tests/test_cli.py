@@ -209,7 +209,7 @@ def test_a_reader_that_goes_away_is_no_failure(world):
     command = [sys.executable, "-m", "mmrlhf", "data", "check", world[1].removeprefix("data.path=")]
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, timeout=300)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmrlhf.train.optim import Optimizer
+from mmrlhf.train.preempt import Preempted
 
 BUCKET_BYTES = 128 << 20  # gradients that are sent together: large enough for the bandwidth, small beside the weights
 # One process may score a shard of the reference, or write the model, while the others wait.
@@ -149,9 +152,28 @@ def join(device: torch.device) -> Iterator[World]:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this PyTorch has no torch.distributed")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    importlib.import_module("torch.distributed.nn")  # before the group is there: see `leave`
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    yield World(dist.get_rank(), dist.get_world_size())
-    dist.destroy_process_group()  # not after an error: the other processes may be waiting, and torchrun ends them
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    except Preempted as stop:
+        if stop.saved:  # then all of them stop here; after an error the others may be waiting, and torchrun ends them
+            leave()
+        raise
+    leave()
+
+
+def leave() -> None:
+    """End the process group, and with it gloo's threads.
+
+    One that still frees the last collective's tensor while the interpreter goes down aborts the process: exit code 134
+    after a run that went well, rare but seen. Destroying the group ends them only if nobody else holds it. The
+    functions of torch.distributed.nn, which transformers imports, hold the group there is when they are defined, as a
+    default argument, so `join` imports them before. DTensor's caches hold a sharded model's mesh and with it the group:
+    those threads get a moment to drop what they have.
+    """
+    dist.destroy_process_group()
+    time.sleep(0.1)
 
 
 def processes() -> int:

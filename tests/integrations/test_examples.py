@@ -21,7 +21,7 @@ def test_the_example_runs_and_learns(name, tmp_path):
             pytest.skip(f"{needed} is not installed")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py")]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-3000:]
     losses = [float(value) for value in re.findall(r"\bloss'?:? '?(\d\.\d+)", result.stdout)]
     assert len(losses) == 12, result.stdout

@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 
 from dporows import logged, model_and_processor, run, trl_rows  # noqa: E402
+from mmrlhf.train.distributed import leave  # noqa: E402
 
 
 def ddp(out: Path) -> None:
@@ -52,6 +53,8 @@ def ddp(out: Path) -> None:
             log = {key: logged(trainer, key) for key in names}
             weights = {k: v for k, v in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
             torch.save({"log": log, "weights": weights}, out / f"{name}-{world}.pt")
+    if dist.is_initialized():  # by the trainer, which leaves it so
+        leave()
 
 
 def _ranked(row: dict, count: int) -> dict:
@@ -110,7 +113,7 @@ def fsdp(out: Path) -> None:
         assert compared > 20
         if rank == 0:
             (out / f"{family}{'-unit' * own_unit}.ok").write_text(str(compared))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 
 from mmrlhf.models import shared_prefix, vision  # noqa: E402
 from mmrlhf.models.parts import decoder, inner_model, vision_modules  # noqa: E402
+from mmrlhf.train.distributed import leave  # noqa: E402
 from tiny import batch_of, tiny_groups, tiny_model  # noqa: E402
 
 
@@ -98,7 +99,7 @@ def main(out: Path) -> None:
         assert compared > 10, compared
         if dist.get_rank() == 0:
             (out / f"{what}.ok").write_text(str(compared))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 
 from mmrlhf.kernels.triton import configs  # noqa: E402
 from mmrlhf.ops import LoraAdapter, VocabShard, fused_preference_loss, linear_logp, reference  # noqa: E402
+from mmrlhf.train.distributed import leave  # noqa: E402
 from numerics import HeadProblem, assert_no_worse  # noqa: E402
 
 V, H, N = 1301, 24, 47
@@ -413,7 +414,7 @@ def main(out: Path) -> None:
             except Exception:
                 found[name] = traceback.format_exc()
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

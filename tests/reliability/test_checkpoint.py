@@ -268,7 +268,7 @@ def test_safetensors_are_those_of_the_library(tmp_path):
 
 def test_two_writers_of_one_file_do_not_take_each_others(tmp_path):
     """Two containers on one storage may have the same process number, and a cache's file has the same name in both."""
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=60)
 
     class AtOnce(FileSystem):
         def write(self, path, chunks):

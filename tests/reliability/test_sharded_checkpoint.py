@@ -41,7 +41,7 @@ class Together:
 
     def __init__(self, size: int):
         self.size, self.values = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=60)
 
     def gather(self, rank: int, value: Any) -> list[Any]:
         self.values[rank] = value
@@ -258,7 +258,7 @@ def together(processes: list[Process], work: Callable[[Process], object]) -> lis
 @pytest.fixture
 def processes(tmp_path) -> list[Process]:
     place = Together(2)
-    place.barrier = threading.Barrier(2, timeout=5)
+    place.barrier = threading.Barrier(2, timeout=60)
     return [Process(rank, tmp_path, place) for rank in range(2)]
 
 

@@ -22,6 +22,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 from mmrlhf import config  # noqa: E402
 from mmrlhf.ops.sharded import is_dtensor, local_rows  # noqa: E402
 from mmrlhf.train import shard  # noqa: E402
+from mmrlhf.train.distributed import leave  # noqa: E402
 from mmrlhf.train.loop import train  # noqa: E402
 from mmrlhf.train.optim import Optimizer  # noqa: E402
 
@@ -115,7 +116,7 @@ def main(path: Path) -> None:
         if "held" in job and dist.get_rank() == 0:
             Path(job["held"]).write_text(json.dumps(sizes(held)))
         dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -129,6 +129,40 @@ def test_a_signal_stops_all_of_them_and_they_go_on_bitwise(tmp_path, model_folde
         assert torch.equal(weights(resumed)[name], tensor), name
 
 
+# Trains as the command line does, told to stop in its second step or not, and says which of gloo's threads are left.
+LEAVING = """
+import os, signal, sys
+from pathlib import Path
+from mmrlhf.cli import main
+from mmrlhf.train.optim import Optimizer
+
+def step(self, *, taken=[], real=Optimizer.step, **options):
+    taken.append(real(self, **options))
+    if len(taken) == 2 and sys.argv[2] == "stopped":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+Optimizer.step = step
+try:
+    code = main(["train", sys.argv[1]])
+except SystemExit as stop:
+    code = stop.code
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+print("left", code, [name for name in names if "gloo" in name], flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc to name the threads")
+@pytest.mark.parametrize("how", ["finished", "stopped"])
+def test_no_gloo_thread_is_left_to_abort_the_process_at_its_end(how, tmp_path, model_folder, data_file):
+    words = ["groups_per_step=2", "max_steps=3", "samples=0", "save_every=0", "report=false"]
+    command = command_for(tmp_path, settings_for(tmp_path / "run", data_file, *words, model=model_folder), 2)
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    command[-4:] = [str(tmp_path / "leaving.py"), command[-1], how]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    code = {"finished": 0, "stopped": 143}[how]
+    assert done.stdout.count(f"left {code} []") == 2, (done.stdout + done.stderr)[-4000:]
+
+
 def terminated_after(lines: int, folder: Path, settings: TrainConfig) -> str:
     """Train in two processes and end the launcher with SIGTERM once so many steps are logged; what was said."""
     process = subprocess.Popen(
