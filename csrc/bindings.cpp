@@ -39,13 +39,13 @@ Isa isa_named(const std::string& asked) {
     if (asked == name) return isa;
     allowed += std::string(", ") + name;
   }
-  throw nb::value_error(("isa must be one that this CPU has (" + allowed + "), got '" + asked + "'").c_str());
+  throw value_error("isa must be one that this CPU has (" + allowed + "), got '" + asked + "'");
 }
 
 void exp2_rowsum_(const Array& tile, const Array& offset, const Array& sums, const std::optional<Array>& target_col,
                   const std::optional<Array>& target_exp, bool accumulate, int threads, const std::string& isa) {
   const Exp2RowsumArguments a(tile, offset, sums, target_col, target_exp, nb::device::cpu::value);
-  if (threads < 1) throw nb::value_error(("threads must be at least 1, got " + std::to_string(threads)).c_str());
+  check_least("threads", threads, 1);
   const Isa path = isa_named(isa);
   nb::gil_scoped_release unlocked;
   cpu::exp2_rowsum({a.tile, a.rows, a.cols, a.stride}, a.offset, a.sums, a.target_col, a.target_exp, accumulate, path,
@@ -56,9 +56,9 @@ void exp2_rowsum_block_(const Array& tile, const Array& offset, const Array& res
                         const std::optional<Array>& value, int threads, const std::string& isa) {
   const Exp2RowsumArguments a(tile, offset, rest, target, std::nullopt, nb::device::cpu::value, "rest", "target");
   const float* values =
-      value ? check_rows<float>("value", *value, a.rows, nb::device::cpu::value, tile.device_id()) : nullptr;
-  if (threads < 1) throw nb::value_error(("threads must be at least 1, got " + std::to_string(threads)).c_str());
-  if (start < 0) throw nb::value_error(("start must be at least 0, got " + std::to_string(start)).c_str());
+      check_optional<float>("value", value, {a.rows}, nb::device::cpu::value, tile.device_id(), a.kARow);
+  check_least("threads", threads, 1);
+  check_least("start", start, 0);
   const Isa path = isa_named(isa);
   nb::gil_scoped_release unlocked;
   cpu::exp2_rowsum_block({a.tile, a.rows, a.cols, a.stride}, a.offset, a.sums, a.target_col, start, values, path,
@@ -68,23 +68,20 @@ void exp2_rowsum_block_(const Array& tile, const Array& offset, const Array& res
 // An index out of range would be read or written through; on the CPU looking is free.
 void check_ranges(const PreferenceArguments& a, int64_t tokens) {
   if (a.end(0) != 0 || a.end(a.responses) != tokens) {
-    throw nb::value_error(("cu_seqlens must run from 0 to " + std::to_string(tokens) + ", got " +
-                           std::to_string(a.end(0)) + " to " + std::to_string(a.end(a.responses)))
-                              .c_str());
+    throw value_error("cu_seqlens must run from 0 to " + std::to_string(tokens) + ", got " + std::to_string(a.end(0)) +
+                      " to " + std::to_string(a.end(a.responses)));
   }
   for (int64_t r = 0; r < a.responses; ++r) {
     if (a.end(r + 1) < a.end(r)) {
-      throw nb::value_error(("cu_seqlens must be in ascending order; entry " + std::to_string(r + 1) + " is " +
-                             std::to_string(a.end(r + 1)))
-                                .c_str());
+      throw value_error("cu_seqlens must be in ascending order; entry " + std::to_string(r + 1) + " is " +
+                        std::to_string(a.end(r + 1)));
     }
   }
   for (int64_t i = 0; i < 2 * a.count; ++i) {
     const int64_t r = PreferenceArguments::at(a.pairs, a.wide_pairs, i);
     if (r < 0 || r >= a.responses) {
-      throw nb::value_error(("pairs must be responses in [0, " + std::to_string(a.responses) + "); entry " +
-                             std::to_string(i) + " is " + std::to_string(r))
-                                .c_str());
+      throw value_error("pairs must be responses in [0, " + std::to_string(a.responses) + "); entry " +
+                        std::to_string(i) + " is " + std::to_string(r));
     }
   }
 }

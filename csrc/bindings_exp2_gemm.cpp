@@ -5,6 +5,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "../kernels/cuda/exp2_gemm.h"
@@ -16,23 +17,19 @@
 namespace mmrlhf {
 namespace {
 
-constexpr nb::dlpack::dtype kBfloat16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
-
 int tile_named(const std::string& asked, int64_t rows, int64_t vocab, int multiprocessors) {
   if (asked == "auto") return cuda::pick_gemm_tile(rows, vocab, multiprocessors);
   const int tile = cuda::gemm_tile_named(asked.c_str());
   if (tile >= 0) return tile;
   std::string allowed = "auto";
   for (const auto& each : cuda::kGemmTiles) allowed += std::string(", ") + each.name;
-  throw nb::value_error(("tile must be one of " + allowed + ", got '" + asked + "'").c_str());
+  throw value_error("tile must be one of " + allowed + ", got '" + asked + "'");
 }
 
 nb::dict exp2_gemm_sm90_plan(int64_t rows, int64_t vocab, int multiprocessors, const std::string& tile) {
-  if (rows < 0) throw nb::value_error(("rows must not be negative, got " + std::to_string(rows)).c_str());
-  if (vocab < 1) throw nb::value_error(("vocab must be positive, got " + std::to_string(vocab)).c_str());
-  if (multiprocessors < 2) {
-    throw nb::value_error(("multiprocessors must be at least 2, got " + std::to_string(multiprocessors)).c_str());
-  }
+  if (rows < 0) throw value_error("rows must not be negative, got " + std::to_string(rows));
+  if (vocab < 1) throw value_error("vocab must be positive, got " + std::to_string(vocab));
+  check_least("multiprocessors", multiprocessors, 2);
   const cuda::GemmPlan plan = cuda::plan_exp2_gemm(rows, vocab, tile_named(tile, rows, vocab, multiprocessors));
   nb::dict result;
   result["tile"] = cuda::kGemmTiles[plan.tile].name;
@@ -43,63 +40,47 @@ nb::dict exp2_gemm_sm90_plan(int64_t rows, int64_t vocab, int multiprocessors, c
   return result;
 }
 
-// [rows, cols] bfloat16 with contiguous columns. Returns the row stride in elements; that of one row is made up.
-int64_t check_matrix(const char* name, const Array& array, int64_t rows, int64_t cols, int device_id) {
-  check_kind(name, array, kBfloat16, nb::device::cuda::value, device_id);
-  if (array.ndim() != 2 || (rows >= 0 && static_cast<int64_t>(array.shape(0)) != rows) ||
-      (cols >= 0 && static_cast<int64_t>(array.shape(1)) != cols)) {
-    const auto size = [](int64_t wanted) { return wanted < 0 ? std::string("any") : std::to_string(wanted); };
-    throw nb::value_error((std::string(name) + " must have shape [" + size(rows) + ", " + size(cols) + "], got " +
-                           shape_of(array))
-                              .c_str());
-  }
-  if (array.shape(1) > 1 && array.stride(1) != 1) {
-    throw nb::value_error((std::string(name) + " must have contiguous columns (stride 1), got column stride " +
-                           std::to_string(array.stride(1)))
-                              .c_str());
-  }
-  return array.shape(0) > 1 ? array.stride(0) : (static_cast<int64_t>(array.shape(1)) + 7) / 8 * 8;
-}
+// TMA looks at a stride even where there is one row: then it is made up, and need only be a multiple of 8.
+int64_t stride_of(const Matrix& matrix) { return matrix.rows > 1 ? matrix.stride : (matrix.cols + 7) / 8 * 8; }
 
 void exp2_gemm_sm90_(const Array& hidden, const Array& weight, const std::optional<Array>& out, const Array& target,
                      const Array& offset, const Array& partial, const std::optional<Array>& bias, double logit_scale,
                      double softcap, const std::string& tile, uintptr_t stream) {
   const int device = hidden.device_id();
+  const Matrix h("hidden", hidden, Matrix::bfloat16, kCuda, device);
+  const Matrix w("weight", weight, Matrix::bfloat16, kCuda, device);
+  w.want("weight", w.rows, h.cols);
   cuda::Exp2Gemm a{};
-  a.hidden_stride = check_matrix("hidden", hidden, -1, -1, device);
-  a.rows = static_cast<int64_t>(hidden.shape(0));
-  a.width = static_cast<int64_t>(hidden.shape(1));
-  a.weight_stride = check_matrix("weight", weight, -1, a.width, device);
-  a.vocab = static_cast<int64_t>(weight.shape(0));
-  if (out) a.out_stride = check_matrix("out", *out, a.rows, a.vocab, device);
-  a.hidden = hidden.data();
-  a.weight = weight.data();
-  a.out = out ? out->data() : nullptr;
-  a.target = check_rows<int64_t>("target", target, a.rows, nb::device::cuda::value, device);
-  a.offset = check_rows<float>("offset", offset, a.rows, nb::device::cuda::value, device);
-  if (bias) a.bias = check_rows<float>("bias", *bias, a.vocab, nb::device::cuda::value, device);
+  a.hidden = h.data, a.weight = w.data, a.hidden_stride = stride_of(h), a.weight_stride = stride_of(w);
+  a.rows = h.rows, a.vocab = w.rows, a.width = h.cols;
+  if (out) {
+    const Matrix o("out", *out, Matrix::bfloat16, kCuda, device);
+    o.want("out", h.rows, w.rows);
+    a.out = o.data, a.out_stride = stride_of(o);
+  }
+  a.target = check_array<int64_t>("target", target, {h.rows}, kCuda, device, ", one value a row of hidden");
+  a.offset = check_array<float>("offset", offset, {h.rows}, kCuda, device, ", one value a row of hidden");
+  a.bias = check_optional<float>("bias", bias, {w.rows}, kCuda, device, ", one value a row of weight");
   a.logit_scale = logit_scale;
   a.softcap = softcap;
   a.device = device;
   a.stream = reinterpret_cast<cudaStream_t>(stream);
-  check_tile("partial", partial, nb::device::cuda::value);
-  check_kind("partial", partial, nb::dtype<float>(), nb::device::cuda::value, device);
-  a.partial = static_cast<float*>(partial.data());
+  const Matrix p("partial", partial, Matrix::float32, kCuda, device);
+  a.partial = p.floats();
 
 #if defined(MMRLHF_CUDA_ARCHS)
   const char* op = "exp2_gemm_sm90_";
   throw_on_error(op, cudaDeviceGetAttribute(&a.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   a.tile = tile_named(tile, a.rows, a.vocab, a.multiprocessors);
   const cuda::GemmPlan plan = cuda::plan_exp2_gemm(a.rows, a.vocab, a.tile);
-  const bool contiguous = partial.shape(0) < 2 || partial.stride(0) == plan.padded_rows;
-  if (static_cast<int64_t>(partial.shape(0)) != plan.tiles ||
-      static_cast<int64_t>(partial.shape(1)) != plan.padded_rows || !contiguous) {
-    throw nb::value_error(("partial must be contiguous [" + std::to_string(plan.tiles) + ", " +
-                           std::to_string(plan.padded_rows) + "] for tile " + cuda::kGemmTiles[a.tile].name + ", got " +
-                           shape_of(partial))
-                              .c_str());
+  if (p.rows != plan.tiles || p.cols != plan.padded_rows || p.stride != plan.padded_rows) {
+    throw value_error("partial must be contiguous " + shape_of({plan.tiles, plan.padded_rows}) + " for tile " +
+                      cuda::kGemmTiles[a.tile].name + ", got " + shape_of(partial));
   }
-  if (const char* why = cuda::refuse(a)) throw nb::value_error((std::string(op) + " cannot take this: " + why).c_str());
+  if (plan.tiles > INT32_MAX / std::max<int64_t>(plan.padded_rows, 1)) {  // CUTLASS's offsets into it have 32 bits
+    throw value_error("partial " + shape_of(partial) + " has 2^31 or more entries: give fewer rows of hidden at once");
+  }
+  if (const char* why = cuda::refuse(a)) throw value_error(std::string(op) + " cannot take this: " + why);
   nb::gil_scoped_release unlocked;
   const DeviceGuard guard(device);
   const cuda::GemmStatus status = cuda::exp2_gemm(a);

@@ -15,38 +15,7 @@ inline LossKind kind_named(const std::string& asked) {
     if (asked == kLossKinds[i]) return static_cast<LossKind>(i);
     allowed += std::string(i ? ", " : "") + kLossKinds[i];
   }
-  throw nb::value_error(("kind must be one of " + allowed + ", got '" + asked + "'").c_str());
-}
-
-// A contiguous array of T whose shape is `shape`.
-template <typename T>
-T* check_array(const char* name, const Array& array, std::initializer_list<int64_t> shape, int device_type, int device) {
-  check_kind(name, array, nb::dtype<T>(), device_type, device);
-  bool fits = array.ndim() == shape.size();
-  std::string wanted;
-  size_t i = 0;
-  for (const int64_t size : shape) {
-    fits = fits && static_cast<int64_t>(array.shape(i)) == size;
-    wanted += (i++ ? ", " : "") + std::to_string(size);
-  }
-  if (!fits) {
-    throw nb::value_error((std::string(name) + " must have shape [" + wanted + "], got " + shape_of(array)).c_str());
-  }
-  int64_t stride = 1;
-  for (size_t d = array.ndim(); d-- > 0; stride *= static_cast<int64_t>(array.shape(d))) {
-    if (array.size() > 0 && array.shape(d) > 1 && array.stride(d) != stride) {
-      throw nb::value_error((std::string(name) + " must be contiguous, got stride " + std::to_string(array.stride(d)) +
-                             " in dimension " + std::to_string(d))
-                                .c_str());
-    }
-  }
-  return static_cast<T*>(array.data());
-}
-
-template <typename T>
-T* check_optional(const char* name, const std::optional<Array>& array, std::initializer_list<int64_t> shape,
-                  int device_type, int device) {
-  return array ? check_array<T>(name, *array, shape, device_type, device) : nullptr;
+  throw value_error("kind must be one of " + allowed + ", got '" + asked + "'");
 }
 
 // int32 or int64; whether it is the wide one.
@@ -79,11 +48,11 @@ void def_preference(nb::module_& m, const char* name, int device_type,
                          double gamma_beta_ratio, double discopop_tau, double num_pairs, double num_sft_tokens,
                          double sft_weight, Extra... extra) {
         const int on = device_type, device = logp.device_id();
-        if (logp.ndim() != 1) throw nb::value_error(("logp must have shape [N], got " + shape_of(logp)).c_str());
+        if (logp.ndim() != 1) throw value_error("logp must have shape [N], got " + shape_of(logp));
         if (cu_seqlens.ndim() != 1 || cu_seqlens.shape(0) < 1) {
-          throw nb::value_error(("cu_seqlens must have shape [R + 1], got " + shape_of(cu_seqlens)).c_str());
+          throw value_error("cu_seqlens must have shape [R + 1], got " + shape_of(cu_seqlens));
         }
-        if (pairs.ndim() != 2) throw nb::value_error(("pairs must have shape [P, 2], got " + shape_of(pairs)).c_str());
+        if (pairs.ndim() != 2) throw value_error("pairs must have shape [P, 2], got " + shape_of(pairs));
         const auto N = static_cast<int64_t>(logp.shape(0)), R = static_cast<int64_t>(cu_seqlens.shape(0)) - 1;
         const auto P = static_cast<int64_t>(pairs.shape(0));
         PreferenceArguments a{};

@@ -22,35 +22,49 @@ constexpr int kWarpSize = 32;
 constexpr int64_t kMostBlocks = 2147483647;  // the grid's first dimension; the others end at 65535
 constexpr int64_t kMostBlocksBeside = 65535;
 
-MMRLHF_HD int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
+constexpr int kRows = 8;    // rows a block where a warp has one
+constexpr int kSlices = 8;  // threads a row where the tiles of rows are gathered: each has every eighth tile
 
-// Sum over the lanes of a warp, the same in every lane: x + y and y + x round alike. All 32 lanes must come.
-template <typename T>
-__device__ __forceinline__ T lane_sum(T value) {
+// The row of this warp, of kRows a block.
+__device__ __forceinline__ int64_t warp_row() {
+  return static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarpSize;
+}
+
+// The values of a warp's lanes to one, the same in every lane if fold(x, y) is fold(y, x). All 32 lanes must come.
+template <typename T, typename Fold>
+__device__ __forceinline__ T over_lanes(T value, const Fold& fold) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, distance);
+    value = fold(value, __shfl_xor_sync(0xffffffffu, value, distance));
   }
   return value;
 }
 
+template <typename T>
+__device__ __forceinline__ T lane_sum(T value) {
+  return over_lanes(value, [](T x, T y) { return x + y; });
+}
+
 // Largest over the lanes; a NaN is passed over.
 __device__ __forceinline__ float lane_max(float value) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  }
-  return value;
+  return over_lanes(value, [](float x, float y) { return fmaxf(x, y); });
+}
+
+__device__ __forceinline__ int lane_min(int value) {
+  return over_lanes(value, [](int x, int y) { return y < x ? y : x; });
 }
 
 struct Bfloat16 {
   uint16_t bits;
 };
 
-template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T at[kSize];
+inline int64_t size_of(bool half) { return half ? sizeof(Bfloat16) : sizeof(float); }
+
+// Numbers that one load or store moves: 16 bytes of them, or so many.
+template <typename T, int kCount = 16 / sizeof(T)>
+struct alignas(kCount * sizeof(T)) Vector {
+  static constexpr int kSize = kCount;
+  T at[kCount];
 };
 
 MMRLHF_HD float to_float(float value) { return value; }
@@ -86,6 +100,11 @@ __device__ __forceinline__ int64_t number_of(const Chosen& chosen) {
   return left < chosen.capacity ? left : chosen.capacity;
 }
 
-inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+// unit_factors of a row, from the vectors of UnitGradient or RedoUnit.
+template <typename Arguments>
+__device__ __forceinline__ UnitFactors factors_of_row(const Arguments& a, int64_t row) {
+  return unit_factors(a.logit_scale, a.rest[row], a.z_y[row], a.offset[row],
+                      a.slope_y == nullptr ? 1.0f : a.slope_y[row]);
+}
 
 }  // namespace mmrlhf::cuda

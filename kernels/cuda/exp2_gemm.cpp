@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include "formulas.cuh"
+
 namespace mmrlhf::cuda {
 
 // Slowness is an estimate, not a measurement. In a clock in which the tensor cores are busy, the first tile's operands
@@ -16,9 +18,7 @@ namespace {
 constexpr int kCluster = 2;  // row tiles that share a weight tile
 constexpr int64_t kMost = INT32_MAX - 1024;  // CUTLASS counts rows, columns and depth in 32 bits
 
-constexpr int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+int64_t up(int64_t value, int64_t step) { return blocks_for(value, step) * step; }
 
 }  // namespace
 
@@ -37,9 +37,9 @@ int pick_gemm_tile(int64_t rows, int64_t vocab, int multiprocessors) {
   double least = 0;
   for (int tile = 0; tile < kGemmTileCount; ++tile) {
     const GemmTile& shape = kGemmTiles[tile];
-    const int64_t blocks = up(rows, shape.rows * kCluster) / shape.rows * ((vocab + shape.columns - 1) / shape.columns);
+    const int64_t blocks = up(rows, shape.rows * kCluster) / shape.rows * blocks_for(vocab, shape.columns);
     const int64_t at_once = multiprocessors / kCluster * kCluster;
-    const int64_t waves = (blocks + at_once - 1) / at_once;
+    const int64_t waves = blocks_for(blocks, at_once);
     const double time = static_cast<double>(waves) * shape.rows * shape.columns * shape.slowness;
     if (tile == 0 || time < least) best = tile, least = time;
   }
@@ -53,7 +53,7 @@ int pick_gemm_tile(int64_t rows, int64_t vocab, int multiprocessors) {
 GemmPlan plan_exp2_gemm(int64_t rows, int64_t vocab, int tile) {
   const GemmTile& shape = kGemmTiles[tile];
   const int64_t row_tiles = up(rows, shape.rows * kCluster) / shape.rows;
-  const int64_t column_tiles = (vocab + shape.columns - 1) / shape.columns;
+  const int64_t column_tiles = blocks_for(vocab, shape.columns);
   int swizzle = 1;
   for (int group = row_tiles > 8 * kCluster ? 8 : 1; group > 1; group /= 2) {
     const int64_t rounded = up(row_tiles, group * kCluster) * up(column_tiles, group);
@@ -78,7 +78,7 @@ const char* refuse(const Exp2Gemm& a) {
   if (a.out != nullptr && (a.out_stride % 8 != 0 || a.out_stride < a.vocab)) {
     return "the row stride of out must be a multiple of 8, and at least the vocabulary";
   }
-  if (!aligned(a.hidden) || !aligned(a.weight) || !aligned(a.out) || !aligned(a.partial)) {
+  if (!aligned(a.hidden, 16) || !aligned(a.weight, 16) || !aligned(a.out, 16) || !aligned(a.partial, 16)) {
     return "hidden, weight, out and partial must start at a multiple of 16 bytes";
   }
   return nullptr;

@@ -39,7 +39,7 @@ struct Exp2Gemm {
   const int64_t* target;   // [rows]; one outside [0, vocab) meets no column; read as 32 bits
   const float* offset;     // [rows]: k
   const float* bias;       // [vocab] or null
-  float* partial;          // [tiles, padded_rows]: sums of E over a tile's columns, the target's left out
+  float* partial;          // [tiles, padded_rows]: sums of E over a tile's columns, the target's left out; below 2^31 entries
   int64_t hidden_stride, weight_stride, out_stride;  // elements
   int64_t rows, vocab, width;
   double logit_scale, softcap;  // softcap 0: none

@@ -16,9 +16,12 @@ struct Gain {
   float high = 0.0f, low = 0.0f;
 };
 
+// Both pieces have one sign, so `high` is rounded towards 0: with two signs an infinite acc would give inf - inf, NaN,
+// where 0 or inf is right.
 inline Gain split_gain(double logit_scale) {
   const double gain = logit_scale * kLog2e;
-  const float high = static_cast<float>(gain);
+  float high = static_cast<float>(gain);
+  if (fabs(static_cast<double>(high)) > fabs(gain)) high = nextafterf(high, 0.0f);
   return {high, static_cast<float>(gain - high)};
 }
 
@@ -62,15 +65,10 @@ MMRLHF_HD float reciprocal(float value) {
 // tanh_and_slope of formulas.cuh with ex2.approx and rcp.approx: 3 instructions of the special function unit an element
 // in all, and no branch, for half of a warp's elements are small. A NaN stays one.
 MMRLHF_HD Tanh tanh_and_slope_approx(float x) {
-  const float size = fabsf(x), square = x * x;
-  float series = fmaf(-5.70498872745e-3f, square, 2.06390887954e-2f);
-  series = fmaf(series, square, -5.37397155531e-2f);
-  series = fmaf(series, square, 1.33314422036e-1f);
-  series = fmaf(series, square, -3.33332819422e-1f);
-  const float near = fmaf(x * square, series, x);
+  const float size = fabsf(x), near = tanh_series(x);
   const float u = power_of_two(-2.0f * kLog2eHigh * size), inverse = reciprocal(1.0f + u);
   const float far = copysignf(fmaf(-2.0f * u, inverse, 1.0f), x);
-  const bool small = size < 0.625f;
+  const bool small = size < kTanhSeries;
   return {small ? near : far, small ? fmaf(-near, near, 1.0f) : 4.0f * u * inverse * inverse};
 }
 

@@ -176,11 +176,11 @@ struct RowSums : ColumnsAdded<Tile> {
 };
 
 template <class Tile, class From, class To>
-using Vector = fusion::Sm90ColBroadcast<0, Tile, From, To, PerRow, /*Alignment=*/1, /*EnableNullptr=*/false>;
+using RowValues = fusion::Sm90ColBroadcast<0, Tile, From, To, PerRow, /*Alignment=*/1, /*EnableNullptr=*/false>;
 
 template <class Tile, bool kCapped>
-using Tree = fusion::Sm90EVT<RowSums<Tile>, fusion::Sm90EVT<OffsetExponential<kCapped>, Vector<Tile, float, float>,
-                                                            Vector<Tile, int64_t, int>>>;
+using Tree = fusion::Sm90EVT<RowSums<Tile>, fusion::Sm90EVT<OffsetExponential<kCapped>, RowValues<Tile, float, float>,
+                                                            RowValues<Tile, int64_t, int>>>;
 
 // One kernel: Shape is (rows, columns, depth) of a tile, Schedule how its two groups of consumer warps share the work,
 // kCapped whether logits have a cap, Store whether E goes to memory.
@@ -262,5 +262,14 @@ struct Tiled {
     return a.out != nullptr ? Stored::facts(a, swizzle) : Summed::facts(a, swizzle);
   }
 };
+
+// The rows of kGemmTiles. Two groups of warps share a tile, 64 rows each; or take turns, a tile each.
+template <bool kCapped>
+using Tiled128x256 = Tiled<cute::Shape<cute::_128, cute::_256, cute::_64>,
+                           cutlass::gemm::KernelTmaWarpSpecializedCooperative,
+                           cutlass::epilogue::TmaWarpSpecializedCooperative, kCapped>;
+template <bool kCapped>
+using Tiled64x256 = Tiled<cute::Shape<cute::_64, cute::_256, cute::_64>,
+                          cutlass::gemm::KernelTmaWarpSpecializedPingpong, cutlass::epilogue::TmaWarpSpecialized, kCapped>;
 
 }  // namespace mmrlhf::cuda::sm90

@@ -1,11 +1,9 @@
-// exp2_gemm of capped logits with tiles of 64x256: two groups of warps take turns, a tile each.
+// exp2_gemm of capped logits with tiles of 64x256.
 #include "exp2_gemm_sm90.cuh"
 
 namespace mmrlhf::cuda {
 
-using Tiled = sm90::Tiled<cute::Shape<cute::_64, cute::_256, cute::_64>,
-                          cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                          cutlass::epilogue::TmaWarpSpecialized, /*kCapped=*/true>;
+using Tiled = sm90::Tiled64x256</*kCapped=*/true>;
 
 GemmStatus launch_64x256_softcap(const Exp2Gemm& arguments, int swizzle) { return Tiled::launch(arguments, swizzle); }
 GemmFacts facts_64x256_softcap(const Exp2Gemm& arguments, int swizzle) { return Tiled::facts(arguments, swizzle); }

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
     return e;
   };
   int64_t tail = 0;
-  if ((reinterpret_cast<uintptr_t>(values) & 15u) == 0) {  // 16 B a thread where the row allows it
+  if (aligned(values, 16)) {  // 16 B a thread where the row allows it
     const int64_t quads = cols / 4;
     for (int64_t q = threadIdx.x; q < quads; q += kThreads) {
       float4 z = reinterpret_cast<const float4*>(values)[q];

@@ -25,6 +25,12 @@ MMRLHF_HD T read_only(const T* at) {
 #endif
 }
 
+MMRLHF_HD int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
+
+MMRLHF_HD bool aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
 // log2(e) in two float32 pieces. Their sum is off by 4.3e-16.
 constexpr float kLog2eHigh = 1.44269502f;
 constexpr float kLog2eLow = 1.92596303e-08f;
@@ -89,21 +95,28 @@ MMRLHF_HD float exp2_offset(float z, float k) {
   return p * float_of((half + 127u) << 23) * float_of((exponent - half + 127u) << 23);
 }
 
+// tanh(x) for |x| below kTanhSeries: Cephes' odd polynomial (tanhf).
+constexpr float kTanhSeries = 0.625f;
+
+MMRLHF_HD float tanh_series(float x) {
+  const float square = x * x;
+  float series = fmaf(-5.70498872745e-3f, square, 2.06390887954e-2f);
+  series = fmaf(series, square, -5.37397155531e-2f);
+  series = fmaf(series, square, 1.33314422036e-1f);
+  series = fmaf(series, square, -3.33332819422e-1f);
+  return fmaf(x * square, series, x);
+}
+
 // tanh(x) with 1 - tanh(x)^2, each within a few ulp: where tanh is near 1 the slope is not taken as a difference. Below
-// 0.625 Cephes' odd polynomial (tanhf); above, with u = exp(-2|x|), 1 - 2u / (1 + u) and 4u / (1 + u)^2.
+// kTanhSeries its polynomial; above, with u = exp(-2|x|), 1 - 2u / (1 + u) and 4u / (1 + u)^2.
 struct Tanh {
   float value, slope;
 };
 
 MMRLHF_HD Tanh tanh_and_slope(float x) {
   const float size = fabsf(x);
-  if (size < 0.625f) {
-    const float square = x * x;
-    float series = fmaf(-5.70498872745e-3f, square, 2.06390887954e-2f);
-    series = fmaf(series, square, -5.37397155531e-2f);
-    series = fmaf(series, square, 1.33314422036e-1f);
-    series = fmaf(series, square, -3.33332819422e-1f);
-    const float value = fmaf(x * square, series, x);
+  if (size < kTanhSeries) {
+    const float value = tanh_series(x);
     return {value, fmaf(-value, value, 1.0f)};
   }
   const float u = exp2_offset(-2.0f * size, 0.0f), inverse = 1.0f / (1.0f + u);  // NaN comes here, and stays

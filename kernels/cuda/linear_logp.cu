@@ -11,21 +11,9 @@
 namespace mmrlhf::cuda {
 namespace {
 
-constexpr int kRows = 8;  // rows a block, a warp each
 constexpr int kThreads = kRows * kWarpSize;
 constexpr int kLoads = kTileColumns / (4 * kWarpSize);  // loads of 4 floats a lane, in flight together
 static_assert(kLoads * 4 * kWarpSize == kTileColumns, "a tile is whole loads of every lane");
-
-struct alignas(16) Floats4 {
-  float at[4];
-};
-struct alignas(8) Halves4 {
-  uint32_t low, high;
-};
-
-__device__ __forceinline__ int64_t warp_row() {
-  return static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarpSize;
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) target_logit_kernel(const TargetLogit a) {
@@ -76,8 +64,8 @@ __global__ void __launch_bounds__(kThreads) target_logit_kernel(const TargetLogi
 
 // One lane's four logits to exponentials; `left_out` is the target's place among them, if it is there.
 template <bool kSoftcap>
-__device__ __forceinline__ Floats4 four(const Exp2Epilogue& a, Floats4 raw, const float* bias, int left_out, float k,
-                                        Floats4& sums) {
+__device__ __forceinline__ Vector<float> four(const Exp2Epilogue& a, Vector<float> raw, const float* bias, int left_out,
+                                              float k, Vector<float>& sums) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const Exponential one =
@@ -97,11 +85,11 @@ __device__ __forceinline__ float one_kept(const Exp2Epilogue& a, float raw, cons
   return left_out ? 0.0f : one.kept;
 }
 
-__device__ __forceinline__ void store4(float* out, const Floats4& v) { *reinterpret_cast<Floats4*>(out) = v; }
-__device__ __forceinline__ void store4(Bfloat16* out, const Floats4& v) {
-  *reinterpret_cast<Halves4*>(out) = {bfloat16_pair(v.at[0], v.at[1]), bfloat16_pair(v.at[2], v.at[3])};
+__device__ __forceinline__ void store4(float* out, const Vector<float>& v) { *reinterpret_cast<Vector<float>*>(out) = v; }
+__device__ __forceinline__ void store4(Bfloat16* out, const Vector<float>& v) {
+  *reinterpret_cast<Vector<uint32_t, 2>*>(out) = {bfloat16_pair(v.at[0], v.at[1]), bfloat16_pair(v.at[2], v.at[3])};
 }
-__device__ __forceinline__ void store4(Nothing*, const Floats4&) {}
+__device__ __forceinline__ void store4(Nothing*, const Vector<float>&) {}
 
 // A warp a row and kTileColumns columns. `out` may be the tile itself: a lane stores where it has loaded.
 template <bool kSoftcap, typename Out>
@@ -116,11 +104,11 @@ __global__ void __launch_bounds__(kThreads) exp2_epilogue_kernel(const Exp2Epilo
   const float k = a.offset[row];
   const int64_t away = a.target[row] - a.start - first;
   const int y = away >= 0 && away < count ? static_cast<int>(away) : -1;
-  Floats4 sums{};
+  Vector<float> sums{};
   if (a.vectors && count == kTileColumns) {
-    Floats4 raw[kLoads];
+    Vector<float> raw[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) raw[i] = reinterpret_cast<const Floats4*>(in)[i * kWarpSize + lane];
+    for (int i = 0; i < kLoads; ++i) raw[i] = reinterpret_cast<const Vector<float>*>(in)[i * kWarpSize + lane];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int c = 4 * (i * kWarpSize + lane);
@@ -135,8 +123,6 @@ __global__ void __launch_bounds__(kThreads) exp2_epilogue_kernel(const Exp2Epilo
   const float sum = lane_sum((sums.at[0] + sums.at[1]) + (sums.at[2] + sums.at[3]));
   if (lane == 0) a.partial[blockIdx.y * a.partial_stride + row] = sum;
 }
-
-constexpr int kSlices = 8;  // threads a row of `finish`, each with every eighth tile
 
 __global__ void __launch_bounds__(kWarpSize* kSlices) finish_kernel(const Finish a) {
   __shared__ double added[kSlices][kWarpSize];
@@ -166,27 +152,21 @@ __global__ void __launch_bounds__(kThreads) unit_gradient_kernel(const UnitGradi
   if (first >= a.width) return;
   const int64_t y = a.target[row];
   const bool known = y >= 0 && y < a.vocab;
-  const auto [share, scale] = unit_factors(a.logit_scale, a.rest[row], a.z_y[row], a.offset[row],
-                                           a.slope_y == nullptr ? 1.0f : a.slope_y[row]);
+  const auto [share, scale] = factors_of_row(a, row);
   float* product = a.product + row * a.stride + first;
   const T* weight = static_cast<const T*>(a.weight) + (known ? y : 0) * a.weight_stride + first;
-  struct alignas(4 * sizeof(T)) Weights4 {
-    T at[4];
-  };
   if (a.vectors && known && first + 4 <= a.width) {
-    Floats4 values = *reinterpret_cast<const Floats4*>(product);
-    const auto w = *reinterpret_cast<const Weights4*>(weight);
+    Vector<float> values = *reinterpret_cast<const Vector<float>*>(product);
+    const auto w = *reinterpret_cast<const Vector<T, 4>*>(weight);
 #pragma unroll
     for (int j = 0; j < 4; ++j) values.at[j] = fmaf(share, to_float(w.at[j]), -scale * values.at[j]);
-    *reinterpret_cast<Floats4*>(product) = values;
+    *reinterpret_cast<Vector<float>*>(product) = values;
     return;
   }
   for (int j = 0; j < 4 && first + j < a.width; ++j) {
     product[j] = fmaf(share, known ? to_float(weight[j]) : 0.0f, -scale * product[j]);
   }
 }
-
-int64_t size_of(bool half) { return half ? 2 : 4; }
 
 }  // namespace
 

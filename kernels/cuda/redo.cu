@@ -51,10 +51,8 @@ constexpr int kThreads = kRedoColumns;
 constexpr int kMostPrograms = 1056;  // 8 blocks on each of 132 multiprocessors
 static_assert(kRedoColumns == kEach * kWarpSize && kTileRows == kEach * kThreads / kWarpSize, "a thread's share");
 static_assert(kTileRows * kDepth == kEach * kThreads, "a thread loads 4 numbers of the rows");
+static_assert(kEach == Vector<float>::kSize, "and 4 of a slab at once");
 
-struct alignas(16) Quad {
-  float at[kEach];
-};
 struct alignas(16) Slab {  // kDepth steps of the sum; rows padded to spread over the banks
   float rows[kDepth][kTileRows + kEach];
   float columns[kDepth][kRedoColumns];
@@ -106,8 +104,8 @@ __device__ __forceinline__ void accumulate(Slab& slab, float (&sum)[kEach][kEach
     float part[kEach][kEach] = {};
 #pragma unroll 8
     for (int k = 0; k < kDepth; ++k) {
-      const Quad left = *reinterpret_cast<const Quad*>(&slab.rows[k][kEach * warp]);
-      const Quad right = *reinterpret_cast<const Quad*>(&slab.columns[k][kEach * lane]);
+      const auto left = *reinterpret_cast<const Vector<float>*>(&slab.rows[k][kEach * warp]);
+      const auto right = *reinterpret_cast<const Vector<float>*>(&slab.columns[k][kEach * lane]);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
 #pragma unroll
@@ -198,8 +196,6 @@ __global__ void __launch_bounds__(kThreads) redo_kernel(const Redo a) {
   }
 }
 
-constexpr int kSlices = 8;  // threads a row of `redo_offset`, each with every eighth tile
-
 __global__ void __launch_bounds__(kWarpSize* kSlices) redo_offset_kernel(const Redo a) {
   __shared__ float best_of[kSlices][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, slice = threadIdx.x / kWarpSize;
@@ -244,8 +240,7 @@ __global__ void __launch_bounds__(kThreads) redo_unit_kernel(const RedoUnit a) {
       if (place >= some) continue;
       const int64_t row = index[place], y = a.target[row];
       const bool known = y >= 0 && y < a.vocab;
-      const auto [share, scale] = unit_factors(a.logit_scale, a.rest[row], a.z_y[row], a.offset[row],
-                                               a.slope_y == nullptr ? 1.0f : a.slope_y[row]);
+      const auto [share, scale] = factors_of_row(a, row);
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         const int64_t inner = first + kEach * lane + j;
@@ -264,8 +259,7 @@ unsigned programs(int64_t rows, int64_t columns) {
 
 template <bool kMaximum>
 cudaError_t redo(Redo& a, cudaStream_t stream) {
-  const int64_t size = a.half ? 2 : 4;
-  a.vectors = aligned(a.weight, 16) && a.weight_stride * size % 16 == 0;
+  a.vectors = aligned(a.weight, 16) && a.weight_stride * size_of(a.half) % 16 == 0;
   const dim3 grid(programs(a.chosen.capacity, a.columns));
   const bool capped = a.softcap > 0.0f;
   if (a.half) {

@@ -7,32 +7,16 @@
 namespace mmrlhf::cuda {
 namespace {
 
-constexpr int kRows = 8;  // rows a block, a warp each
 constexpr int kThreads = kRows * kWarpSize;
 constexpr int kOwn = kTileColumns / kWarpSize;  // logits of a row and tile a lane has, in registers
 constexpr float kLowest = static_cast<float>(kNoToken);
-
-struct alignas(16) Quad {
-  float at[4];
-};
-
-// The lowest column among lanes.
-__device__ __forceinline__ int lane_min(int value) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    const int other = __shfl_xor_sync(0xffffffffu, value, distance);
-    value = other < value ? other : value;
-  }
-  return value;
-}
 
 // A lane's own columns: fours beside each other, 128 apart.
 __device__ __forceinline__ int column_of(int lane, int i) { return 4 * (i / 4 * kWarpSize + lane) + i % 4; }
 
 template <bool kSoftcap>
 __global__ void __launch_bounds__(kThreads) token_statistics_kernel(const TokenStatistics a) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarpSize;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kTileColumns;
+  const int64_t row = warp_row(), first = static_cast<int64_t>(blockIdx.y) * kTileColumns;
   if (row >= a.rows) return;  // the whole warp
   const int lane = threadIdx.x % kWarpSize;
   const int64_t left = a.columns - first;
@@ -44,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) token_statistics_kernel(const TokenS
   for (int i = 0; i < kOwn; i += 4) {
     const int column = column_of(lane, i);
     if (a.vectors && column + 4 <= count) {
-      const Quad some = *reinterpret_cast<const Quad*>(in + column);
+      const auto some = *reinterpret_cast<const Vector<float>*>(in + column);
 #pragma unroll
       for (int j = 0; j < 4; ++j) z[i + j] = some.at[j];
     } else {
@@ -70,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) token_statistics_kernel(const TokenS
     const int column = column_of(lane, i);
     if (column < count && z[i] == largest && column < at) at = column;
   }
-  at = lane_min(at);
+  at = lane_min(at);  // one of them, were there several
   float sum = 0.0f, moment = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
@@ -88,8 +72,6 @@ __global__ void __launch_bounds__(kThreads) token_statistics_kernel(const TokenS
     a.partial[i * a.statistic_stride + blockIdx.y * a.partial_stride + row] = found[i];
   }
 }
-
-constexpr int kSlices = 8;  // threads a row of `finish_statistics`, each with every eighth tile
 
 __global__ void __launch_bounds__(kWarpSize* kSlices) finish_statistics_kernel(const FinishStatistics a) {
   __shared__ Spread spreads[kSlices][kWarpSize];

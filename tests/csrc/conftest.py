@@ -18,6 +18,7 @@ from mmrlhf.ops import backend
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     *(f"kernels/cuda/{name}.cu" for name in ("exp2_rowsum", "linear_logp", "preference", "redo", "token_statistics")),
+    "kernels/cuda/exp2_gemm.cpp",
     "tests/csrc/emulated.cpp",
 ]
 

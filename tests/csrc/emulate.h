@@ -206,7 +206,7 @@ cudaError_t start(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cu
     }
   }
   ::emulated::body = nullptr;
-  return cudaSuccess;
+  return cudaGetLastError();  // as a launch does: what a call before it left
 }
 
 }  // namespace mmrlhf::cuda
