@@ -22,9 +22,9 @@ from mmrlhf.kernels.triton import configs
 from mmrlhf.kernels.triton import linear_logp as device
 from mmrlhf.kernels.triton import rows as by_row
 from mmrlhf.kernels.triton.configs import EpilogueConfig, GemmConfig, Problem
+from mmrlhf.kernels.triton.statistics import STATISTICS, Statistics, finish_arguments
 
 LOG2E = math.log2(math.e)
-STATISTICS = 5  # rows of `partial` with statistics; 1 without
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,6 @@ class Epilogue:
         if self.softcap is None:
             return self.logit_scale * LOG2E, LOG2E, 1.0
         return self.logit_scale / self.softcap, 1.0 / self.softcap, self.softcap * LOG2E
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a pass over the vocabulary gives for nothing, each [N]; the target's own token is counted in."""
-
-    entropy: Tensor  # float32, nats
-    sum_p2: Tensor  # float32, sum of squared probabilities
-    is_top1: Tensor  # int8, 1 where no other token has a larger logit
-    mean_logit: Tensor  # float32, nats
-    maximum: Tensor  # float32, the largest logit, nats
-
-    @classmethod
-    def empty(cls, rows: int, device: torch.device) -> Statistics:
-        def one() -> Tensor:
-            return torch.empty(rows, dtype=torch.float32, device=device)
-
-        return cls(one(), one(), torch.empty(rows, dtype=torch.int8, device=device), one(), one())
 
 
 @functools.cache
@@ -328,31 +310,23 @@ def finish(
     """Partial sums to S' and log-probabilities. A row with S' above 2^64 is for `launch_redo`."""
     rows = z_y.shape[0]
     _check_partial(partial, partial.shape[1], rows)
-    assert (partial.shape[0] == STATISTICS) == (statistics is not None), "5 rows of partial sums are the statistics"
     if rows == 0:
         return
-    config = configs.FINISH
+    outputs, constants = finish_arguments(partial, statistics)
     with on_device(partial):
-        by_row.finish_kernel[(triton.cdiv(rows, config.block_m),)](
+        by_row.finish_kernel[(triton.cdiv(rows, constants["BLOCK_M"]),)](
             partial,
             z_y,
             offset,
             rest,
             logp,
-            statistics and statistics.entropy,
-            statistics and statistics.sum_p2,
-            statistics and statistics.is_top1,
-            statistics and statistics.mean_logit,
-            statistics and statistics.maximum,
+            *outputs,
             rows,
             partial.shape[1],
             vocab,
             partial.stride(0),
             partial.stride(1),
-            STATS=statistics is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_T=config.block_other,
-            num_warps=config.num_warps,
+            **constants,
         )
 
 

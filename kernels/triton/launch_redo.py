@@ -17,7 +17,8 @@ import triton
 from mmrlhf.kernels.triton import configs
 from mmrlhf.kernels.triton import redo as device
 from mmrlhf.kernels.triton.configs import GemmConfig
-from mmrlhf.kernels.triton.launch import STATISTICS, Epilogue, Statistics, by_columns, on_device, processors
+from mmrlhf.kernels.triton.launch import Epilogue, by_columns, on_device, processors
+from mmrlhf.kernels.triton.statistics import STATISTICS, Statistics, finish_arguments
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Chosen:
 
     def part(self, first: int, capacity: int) -> Chosen:
         return Chosen(self.index, self.count, first, min(capacity, self.index.shape[0] - first))
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, int, int]:
+        """As the kernels take them."""
+        return self.index, self.count, self.first, self.capacity
 
 
 def select(
@@ -123,10 +129,7 @@ def _launch(
             offset,
             target.contiguous(),
             partial,
-            chosen.index,
-            chosen.count,
-            chosen.first,
-            chosen.capacity,
+            *chosen.arguments,
             vocab,
             width,
             0 if low is None else low.shape[1],
@@ -175,34 +178,23 @@ def finish(
     statistics: Statistics | None = None,  # out
 ) -> None:
     """`launch.finish` of the chosen rows."""
-    assert (partial.shape[0] == STATISTICS) == (statistics is not None), "5 rows of partial sums are the statistics"
     if chosen.capacity == 0:
         return
-    config = configs.FINISH
+    outputs, constants = finish_arguments(partial, statistics)
     with on_device(partial):
-        device.redo_finish_kernel[(triton.cdiv(chosen.capacity, config.block_m),)](
+        device.redo_finish_kernel[(triton.cdiv(chosen.capacity, constants["BLOCK_M"]),)](
             partial,
             z_y,
             offset,
             rest,
             logp,
-            statistics and statistics.entropy,
-            statistics and statistics.sum_p2,
-            statistics and statistics.is_top1,
-            statistics and statistics.mean_logit,
-            statistics and statistics.maximum,
-            chosen.index,
-            chosen.count,
-            chosen.first,
-            chosen.capacity,
+            *outputs,
+            *chosen.arguments,
             partial.shape[1],
             vocab,
             partial.stride(0),
             partial.stride(1),
-            STATS=statistics is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_T=config.block_other,
-            num_warps=config.num_warps,
+            **constants,
         )
 
 
@@ -237,10 +229,7 @@ def unit_gradient_(
             offset,
             rest,
             slope_y,
-            chosen.index,
-            chosen.count,
-            chosen.first,
-            chosen.capacity,
+            *chosen.arguments,
             vocab,
             width,
             exponentials.stride(0),

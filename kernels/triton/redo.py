@@ -62,6 +62,32 @@ def _chosen(index, first, some, block, BLOCK_M: tl.constexpr):
     return slot, tl.load(index + first + slot, mask=mask, other=0), mask
 
 
+@triton.jit
+def _products(
+    acc,  # [BLOCK_M, BLOCK_V] float32
+    left,  # [rows, width]
+    right,  # [vocab, width]
+    row,
+    row_mask,
+    column,
+    column_mask,
+    width,
+    left_stride,
+    right_stride,
+    BLOCK_H: tl.constexpr,
+):
+    """acc + left[row] right[column]^T."""
+    for start in range(0, width, BLOCK_H):
+        inner = start + tl.arange(0, BLOCK_H)
+        inside_width = (inner < width)[None, :]
+        a_at = left + row.to(tl.int64)[:, None] * left_stride + inner[None, :]
+        b_at = right + column.to(tl.int64)[:, None] * right_stride + inner[None, :]
+        a = tl.load(a_at, mask=row_mask[:, None] & inside_width, other=0.0)
+        b = tl.load(b_at, mask=column_mask[:, None] & inside_width, other=0.0)
+        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(
     do_not_specialize=("first", "capacity", "stat_stride", "partial_stride"),
     do_not_specialize_on_alignment=("offset", "target"),
@@ -110,23 +136,11 @@ def redo_kernel(
         column = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
         column_mask = column < vocab
         acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-        for start in range(0, width, BLOCK_H):
-            inner = start + tl.arange(0, BLOCK_H)
-            inside_width = (inner < width)[None, :]
-            a_at = hidden + row.to(tl.int64)[:, None] * hidden_stride + inner[None, :]
-            b_at = weight + column.to(tl.int64)[:, None] * weight_stride + inner[None, :]
-            a = tl.load(a_at, mask=row_mask[:, None] & inside_width, other=0.0)
-            b = tl.load(b_at, mask=column_mask[:, None] & inside_width, other=0.0)
-            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        acc = _products(
+            acc, hidden, weight, row, row_mask, column, column_mask, width, hidden_stride, weight_stride, BLOCK_H
+        )
         if low is not None:
-            for start in range(0, rank, 16):
-                inner = start + tl.arange(0, 16)
-                inside_rank = (inner < rank)[None, :]
-                a_at = low + row.to(tl.int64)[:, None] * low_stride + inner[None, :]
-                b_at = up + column.to(tl.int64)[:, None] * up_stride + inner[None, :]
-                u = tl.load(a_at, mask=row_mask[:, None] & inside_rank, other=0.0)
-                v = tl.load(b_at, mask=column_mask[:, None] & inside_rank, other=0.0)
-                acc = tl.dot(u, v.T, acc, input_precision="ieee")
+            acc = _products(acc, low, up, row, row_mask, column, column_mask, rank, low_stride, up_stride, 16)
         shift = None
         if bias is not None:
             shift = tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32) * bias_gain

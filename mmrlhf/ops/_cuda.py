@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,8 @@ from mmrlhf.ops._cuda_passes import (
     tiles_again,
 )
 from mmrlhf.ops._cuda_redo import exponentials_, redo, select
-from mmrlhf.ops._gemm import (
-    Kept,
-    column_sums,
-    multiply,
-    multiply_exact,
-    row_bytes,  # noqa: F401  (an engine has it)
-)
+from mmrlhf.ops._gemm import Kept, row_bytes  # noqa: F401  (an engine has both)
+from mmrlhf.ops._head_grad import sum_gradients
 from mmrlhf.ops.head import place_
 from mmrlhf.ops.reference import FusedPreferenceOutput, Objective
 from mmrlhf.ops.streaming import Head, Rows
@@ -134,32 +130,15 @@ def weight_grad(
     rows: Rows,
     upstream: Tensor,  # [N] dloss/dlogp
     *,
-    grad_weight: Tensor | None,  # [V, H] float32, or, if nothing is added to it, the weight's own dtype
-    grad_bias: Tensor | None,  # [V] float32
     keep: Kept | None = None,
-    add: bool = False,
     low: Tensor | None = None,  # [N, r] float32
-    grad_up: Tensor | None = None,  # [V, r] float32
+    **grads: Any,
 ) -> None:
-    """dW = E^T (c h), db = E^T c and dB = E^T (c low), c = -upstream / S: see `streaming.weight_grad`."""
+    """`streaming.weight_grad`. `grads`: what `sum_gradients` writes, and whether it adds."""
     head, hidden = packed(head), hidden.detach().contiguous()
-    if hidden.shape[0] == 0:
-        for grad in (grad_weight, grad_bias, grad_up):
-            if grad is not None and not add:
-                grad.zero_()
-        return
     low = None if low is None else low.detach().contiguous()
     coef = -upstream.float() / dataclasses.replace(rows, epilogue=exp2_rowsum_).total
-    scaled = (coef * head.logit_scale)[:, None]
-    weighted = None if grad_weight is None else (hidden.float() * scaled).to(head.weight.dtype)
-    for start, stop, tile in _final_tiles(head, hidden, low, rows, keep):
-        if grad_weight is not None and weighted is not None:
-            multiply(grad_weight[start:stop], tile.T, weighted, add=add)
-        if grad_up is not None and low is not None:
-            multiply_exact(grad_up[start:stop], tile.T, low * scaled, add=add)
-        if grad_bias is not None:
-            total = column_sums(tile, coef)
-            grad_bias[start:stop] = grad_bias[start:stop] + total if add else total
+    sum_gradients(head, hidden, coef, _final_tiles(head, hidden, low, rows, keep), low=low, **grads)
 
 
 def _final_tiles(

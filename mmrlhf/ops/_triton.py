@@ -28,7 +28,6 @@ from mmrlhf.ops._gemm import (
     ALIGNED,
     Kept,
     column_block,
-    column_sums,
     most_rows,
     multiply,
     multiply_exact,
@@ -38,6 +37,7 @@ from mmrlhf.ops._gemm import (
     stored,
     wave_chunk,
 )
+from mmrlhf.ops._head_grad import sum_gradients
 from mmrlhf.ops._triton_redo import DeviceRows, epilogue_of, redo
 from mmrlhf.ops.head import place_
 from mmrlhf.ops.reference import FusedPreferenceOutput, Objective
@@ -295,26 +295,14 @@ def weight_grad(
     rows: Rows,
     upstream: Tensor,  # [N] dloss/dlogp
     *,
-    grad_weight: Tensor | None,  # [V, H] float32, or, if nothing is added to it, the weight's own dtype
-    grad_bias: Tensor | None,  # [V] float32
     keep: Kept | None = None,
-    add: bool = False,
     low: Tensor | None = None,  # [N, r] float32
-    grad_up: Tensor | None = None,  # [V, r] float32
+    **grads: Any,
 ) -> None:
-    """dW = E^T (c h), db = E^T c and dB = E^T (c low), c = -upstream / S: see `streaming.weight_grad`."""
+    """`streaming.weight_grad`. `grads`: what `sum_gradients` writes, and whether it adds."""
     head, hidden = _packed(head), hidden.contiguous()
     coef = -upstream.float() / launch.log_probability(rows.rest, z_y=rows.z_y, offset=rows.offset)[1]
-    scaled = (coef * head.logit_scale)[:, None]
-    weighted = None if grad_weight is None else (hidden.float() * scaled).to(head.weight.dtype)
-    for start, stop, tile in _final_tiles(head, hidden, low, rows, keep):
-        if grad_weight is not None and weighted is not None:
-            multiply(grad_weight[start:stop], tile.T, weighted, add=add)
-        if grad_up is not None and low is not None:
-            multiply_exact(grad_up[start:stop], tile.T, low * scaled, add=add)
-        if grad_bias is not None:
-            total = column_sums(tile, coef)
-            grad_bias[start:stop] = grad_bias[start:stop] + total if add else total
+    sum_gradients(head, hidden, coef, _final_tiles(head, hidden, low, rows, keep), low=low, **grads)
 
 
 def _final_tiles(
@@ -331,7 +319,7 @@ def _final_tiles(
     if isinstance(config, GemmConfig):
         size = min(size, column_block(width, vocab, 4, step))
     fix = rows.target_fix().to(dtype)
-    redone = launch_redo.select(rows.rest, z_y=rows.z_y, offset=rows.offset, done=True) if count else None
+    redone = launch_redo.select(rows.rest, z_y=rows.z_y, offset=rows.offset, done=True)
     spare = torch.empty(count, padded(size), dtype=dtype, device=hidden.device)
     for start in range(0, vocab, size):
         stop = min(start + size, vocab)
@@ -348,11 +336,10 @@ def _final_tiles(
             launch.exp2_epilogue(logits, tile, start=start, target=targets, partial=partial, config=config, **common)
         else:
             launch.exp2_gemm(hidden, block, tile, target=local, partial=partial, config=config, **common)
-        if redone is not None:
-            # By the kernel that summed their S: far from the target a logit's rounding is large, and another GEMM's is
-            # another.
-            common |= {"low": low, "up": None if head.up is None else head.up[start:stop]}
-            launch_redo.exponentials(hidden, block, tile, redone, target=local, partial=None, by_row=True, **common)
+        # By the kernel that summed their S: far from the target a logit's rounding is large, and another GEMM's is
+        # another.
+        common |= {"low": low, "up": None if head.up is None else head.up[start:stop]}
+        launch_redo.exponentials(hidden, block, tile, redone, target=local, partial=None, by_row=True, **common)
         place_(tile, local, 0, fix)
         yield start, stop, tile
 

@@ -65,8 +65,8 @@ def linear_logp(
     name = choose_backend("linear_logp", head, backend)
     if name == "reference":
         return reference.linear_logp(hidden, head.weight, targets, **head.options(), ignore_index=ignore_index)
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     if checks.traced(hidden):
+        rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
         return library.linear_logp(
             head.engine_head(),
             rows,
@@ -77,7 +77,7 @@ def linear_logp(
             keep=head.trained and 4 * flat.shape[0] * head.weight.shape[0] <= budget,
             backend=name,
         ).reshape(targets.shape)
-    return _without_ignored(backends.engine(name), head, rows, flat, ignore_index, budget).reshape(targets.shape)
+    return _without_ignored(backends.engine(name), head, hidden, targets.long(), ignore_index, budget)
 
 
 @dataclass(frozen=True)
@@ -208,21 +208,29 @@ def refuse_double_backward(op: str) -> None:
 def _without_ignored(
     engine: ModuleType,
     head: Given,
-    hidden: Tensor,  # [N, H]
-    targets: Tensor,  # [N] int64
+    hidden: Tensor,  # [..., H]
+    targets: Tensor,  # [...] int64
     ignore_index: int,
     budget: int,
 ) -> Tensor:
-    """The rows that count: on the CPU the others are left out, elsewhere (counting would wait) they are blanked."""
+    """[...]: the rows that count. On the CPU the others are left out, elsewhere (counting would wait) they are blanked.
+
+    Blanked, and not only their results: a gradient of the head would hold 0 times a row that is not finite, and a row
+    that gives token 0 less than e^-44 would be run again. Rows are made flat last: of a view with gaps, as
+    hidden[:, :-1] is, what leaves out or blanks rows is the one copy.
+    """
+
+    def run(rows: Tensor, tokens: Tensor) -> Tensor:
+        logp = _apply(engine, head, rows.reshape(-1, rows.shape[-1]), tokens.reshape(-1), budget)
+        return logp.reshape(tokens.shape)
+
     keep = targets != ignore_index
     if targets.device.type != "cpu":
-        blank = torch.where(keep[:, None], hidden, 0)
-        return torch.where(keep, _apply(engine, head, blank, torch.where(keep, targets, 0), budget), 0)
+        return torch.where(keep, run(torch.where(keep[..., None], hidden, 0), torch.where(keep, targets, 0)), 0)
     if bool(keep.all()):
-        return _apply(engine, head, hidden, targets, budget)
-    index = keep.nonzero()[:, 0]
-    logp = _apply(engine, head, hidden[index], targets[index], budget)
-    return torch.zeros(targets.shape, dtype=torch.float32).index_put((index,), logp)
+        return run(hidden, targets)
+    logp = run(hidden[keep], targets[keep])
+    return torch.zeros(targets.shape, dtype=torch.float32).masked_scatter(keep, logp)
 
 
 def _apply(engine: ModuleType, given: Given, hidden: Tensor, targets: Tensor, budget: int) -> Tensor:

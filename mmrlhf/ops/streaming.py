@@ -143,8 +143,8 @@ def forward(
 
     `keep` is filled with E, its target columns fixed, so that `weight_grad` needs no recompute.
     """
-    targets = head.local(targets).contiguous()
-    z_y, slope_y = head.target(head.rows(hidden), targets, low)
+    targets, hidden = head.local(targets).contiguous(), head.rows(hidden)
+    z_y, slope_y = head.target(hidden, targets, low)
     rows = Rows(targets, z_y, slope_y, offset_of(z_y), torch.empty_like(z_y), epilogue=epilogue)
     grad = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if unit else None
     out = _Sweep(grad, unit_low, keep)

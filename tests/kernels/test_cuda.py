@@ -65,10 +65,13 @@ def test_kept_lies_over_bytes_with_aligned_rows():
 
 def test_both_engines_cut_and_multiply_alike():
     """One set of functions: what one engine learns of a GEMM or a buffer the other has."""
-    from mmrlhf.ops import _triton
+    from mmrlhf.ops import _cuda_passes, _triton
 
-    for name in ("Kept", "row_bytes", "multiply", "multiply_exact", "column_sums"):
+    for name in ("Kept", "row_bytes"):
         assert getattr(_cuda, name) is getattr(_triton, name) is getattr(_gemm, name)
+    for name in ("multiply", "multiply_exact"):
+        assert getattr(_cuda_passes, name) is getattr(_triton, name) is getattr(_gemm, name)
+    assert _cuda.sum_gradients is _triton.sum_gradients
 
 
 def test_it_takes_every_kind_of_head():

@@ -11,6 +11,14 @@ import dataclasses
 import pytest
 import torch
 
+from device_problems import (
+    both,
+    check_every_gradient,
+    check_objective,
+    check_offsets_beyond_32_bits,
+    objective,
+    on_device,
+)
 from mmrlhf.ops import (
     LOSS_KINDS,
     LoraAdapter,
@@ -20,9 +28,8 @@ from mmrlhf.ops import (
     reference,
     token_statistics,
 )
-from mmrlhf.ops.loss_kinds import LOSSES
-from mmrlhf.ops.streaming import LOG2E, Head
-from numerics import HeadProblem, assert_no_worse, plain_logp
+from mmrlhf.ops.streaming import LOG2E
+from numerics import assert_no_worse, plain_logp
 
 _C = pytest.importorskip("mmrlhf._C", reason="the extension is not built")
 from mmrlhf.ops import _cuda, _cuda_passes  # noqa: E402  (import the extension)
@@ -47,25 +54,6 @@ def way(request, monkeypatch):
     return request.param
 
 
-def on_device(n, h, v, dtype=torch.bfloat16, **options):
-    problem = HeadProblem.random(n, h, v, dtype=dtype, **options)
-    for name in ("hidden", "weight", "targets", "bias"):
-        value = getattr(problem, name)
-        setattr(problem, name, None if value is None else value.cuda())
-    return problem
-
-
-def head_of(problem):
-    return Head(problem.weight, problem.bias, problem.options.get("logit_scale", 1.0), problem.options.get("softcap"))
-
-
-def both(problem):
-    arguments = {"bias": problem.bias, **problem.options}
-    doubles = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-    truth = reference.linear_logp(problem.hidden.double(), problem.weight.double(), problem.targets, **doubles)
-    return truth, plain_logp(problem.hidden, problem.weight, problem.targets, **arguments)
-
-
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"softcap": 30.0, "bias": True}], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "v"),
@@ -76,7 +64,7 @@ def both(problem):
 def test_logp(way, dtype, n, v, options):
     problem = on_device(n, 512, v, dtype, **options)
     truth, baseline = both(problem)
-    rows, _ = _cuda.forward(head_of(problem), problem.hidden, problem.targets)
+    rows, _ = _cuda.forward(problem.head(), problem.hidden, problem.targets)
     assert_no_worse(rows.logp(), baseline, truth, name="logp")
 
 
@@ -84,21 +72,7 @@ def test_logp(way, dtype, n, v, options):
 @pytest.mark.parametrize("options", [{"bias": True}, {"softcap": 30.0, "bias": True, "logit_scale": 1.2}], ids=str)
 @pytest.mark.parametrize("width", [512, 333])
 def test_every_gradient(way, options, keep, width):
-    problem = on_device(300, width, 32001, **options)
-    upstream = torch.randn(300, device="cuda")
-    expected = []
-    for dtype, how in ((torch.float64, reference.linear_logp), (torch.bfloat16, plain_logp)):
-        leaves = problem.leaves(dtype)
-        logp = how(targets=problem.targets, **leaves, **problem.options)
-        expected.append(torch.autograd.grad((logp * upstream.to(logp.dtype)).sum(), list(leaves.values())))
-    head = head_of(problem)
-    kept = _cuda.Kept.empty(300, head) if keep else None
-    rows, unit = _cuda.forward(head, problem.hidden, problem.targets, unit=True, keep=kept)
-    weight, bias = torch.empty_like(problem.weight), torch.empty_like(problem.bias.float())
-    _cuda.weight_grad(head, problem.hidden, rows, upstream, grad_weight=weight, grad_bias=bias, keep=kept)
-    grads = (unit * upstream[:, None], weight, bias)
-    for name, ours, truth, baseline in zip(("hidden", "weight", "bias"), grads, *expected, strict=True):
-        assert_no_worse(ours.bfloat16(), baseline, truth, name=name)
+    check_every_gradient(_cuda, on_device(300, width, 32001, **options), keep=keep, sum_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -145,7 +119,7 @@ def test_rows_far_below_are_run_again(way):
     z = problem.hidden.float() @ problem.weight.float().T + problem.bias.float()
     problem.targets[::7] = z.argmin(1)[::7]
     truth, baseline = both(problem)
-    rows, unit = _cuda.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    rows, unit = _cuda.forward(problem.head(), problem.hidden, problem.targets, unit=True)
     far = truth < -46
     assert far.any()
     assert (rows.offset - rows.z_y * LOG2E > 32)[far].all()
@@ -163,7 +137,7 @@ def test_a_graph_holds_the_whole_loss(way, keep, far):
         problem.hidden[::7] *= 200
         z = problem.hidden.float() @ problem.weight.float().T
         problem.targets[:] = z.argmin(1)
-    head = head_of(problem)
+    head = problem.head()
     o = reference.Objective(
         torch.tensor([0, 20, 45, 60]).cuda(), torch.tensor([[0, 1], [2, 1]]).cuda(), reduction="mean", sft_weight=0.25
     )
@@ -210,9 +184,9 @@ def test_an_adapter_and_statistics():
 
 def test_a_nonfinite_row_stays_its_own(way):
     problem = on_device(50, 64, 3001)
-    clean, unit = _cuda.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    clean, unit = _cuda.forward(problem.head(), problem.hidden, problem.targets, unit=True)
     problem.hidden[7, 3] = float("nan")
-    rows, lost = _cuda.forward(head_of(problem), problem.hidden, problem.targets, unit=True)
+    rows, lost = _cuda.forward(problem.head(), problem.hidden, problem.targets, unit=True)
     others = torch.arange(50, device="cuda") != 7
     assert rows.logp()[7].isnan()
     assert torch.equal(rows.logp()[others], clean.logp()[others])
@@ -220,51 +194,12 @@ def test_a_nonfinite_row_stays_its_own(way):
 
 
 def test_offsets_beyond_32_bits(way):
-    """15,000 rows of 151,646 exponentials kept: 2.3e9 of them. The last rows equal those rows alone."""
-    problem = on_device(15_000, 128, 151646)
-    head = head_of(problem)
-    kept = _cuda.Kept.empty(15_000, head)
-    rows, _ = _cuda.forward(head, problem.hidden, problem.targets, keep=kept)
-    last = slice(14_900, 15_000)
-    alone, _ = _cuda.forward(head, problem.hidden[last].clone(), problem.targets[last].clone())
-    assert torch.allclose(rows.logp()[last], alone.logp(), rtol=1e-5)
-    total = kept.matrix[-1].float().sum()
-    assert torch.allclose(total, torch.zeros((), device="cuda"), atol=0.02 * float(rows.rest[-1]))
-
-
-def objective(kind, groups=16):
-    """Groups of 4 responses of 0 to 299 tokens, all pairs, and logp."""
-    g = torch.Generator().manual_seed(0)
-    lengths = torch.randint(0, 300, (4 * groups,), generator=g)
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    logp, weight = -torch.rand(int(ends[-1]), generator=g), torch.rand(int(ends[-1]), generator=g)
-    pairs = torch.tensor([(4 * q + i, 4 * q + j) for q in range(groups) for i in range(4) for j in range(i + 1, 4)])
-    return reference.Objective(
-        ends.cuda(),
-        pairs.cuda(),
-        token_weight=weight.cuda(),
-        reduction="mean",
-        reference_scores=torch.randn(4 * groups, generator=g).cuda() if LOSSES[kind].reference else None,
-        beta=0.1,
-        kind=kind,
-        label_smoothing=1e-2 if kind == "exo_pair" else 0.0,
-        sft_weight=0.25,
-    ), logp.cuda()
+    check_offsets_beyond_32_bits(_cuda)
 
 
 @pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_loss_kernel(kind):
-    o, logp = objective(kind)
-    results = []
-    for dtype in (torch.float64, torch.float32):
-        leaf = logp.to(dtype).requires_grad_()
-        result = o(leaf)
-        results.append((result.loss, torch.autograd.grad(result.loss, leaf)[0]))
-    (truth, coef), (baseline, base_coef) = results
-    first, again = _cuda.objective(o, logp), _cuda.objective(o, logp)
-    assert_no_worse(first[0].loss, baseline, truth, name="loss")
-    assert_no_worse(first[1], base_coef, coef, name="d loss / d logp")
-    assert torch.equal(first[1], again[1])
+    check_objective(_cuda, *objective(kind))
 
 
 def test_loss_kernel_never_waits_and_a_graph_holds_it():
