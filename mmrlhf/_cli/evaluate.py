@@ -6,13 +6,14 @@
     mmrlhf eval suite --model MODEL --chair FILE --mmhal FILE --safety FILE
     mmrlhf eval compare BEFORE AFTER
 
-Each writes into a folder: results.json (merged with what it has), answers-*.jsonl and judge.jsonl, which a stopped
-command goes on with.
+Each writes into a folder: results.json (a measurement takes the place of the one before it, others stay),
+answers-*.jsonl and judge.jsonl, which a stopped command goes on with. All run in one process.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from mmrlhf._cli import measure
@@ -32,7 +33,7 @@ def add(commands: Any, debug: argparse.ArgumentParser) -> None:
         ("compare", measure.compare, "two results side by side", ()),
     ):
         command = own.add_parser(name, help=text, description=text, parents=[debug], allow_abbrev=False)
-        command.set_defaults(run=function)
+        command.set_defaults(run=function if name == "compare" else _alone(name, function))
         for part in parts:
             part(command)
         if name == "hallucination":
@@ -45,6 +46,18 @@ def add(commands: Any, debug: argparse.ArgumentParser) -> None:
         elif name == "compare":
             command.add_argument("before", help="a results.json, or the folder of one")
             command.add_argument("after", help="the same of the other model")
+
+
+def _alone(name: str, function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The command, refused under torchrun: its copies would ask, pay and write the same side by side."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        from mmrlhf.train import setup
+
+        setup.single_process(f"mmrlhf eval {name}")
+        return function(arguments)
+
+    return run
 
 
 def _data(command: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ benchmark. Everything heavy is imported where it is used.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import os
 import sys
@@ -74,7 +75,7 @@ def _answers(
         [item.question for item in items],
         _folder(arguments) / f"answers-{name}.jsonl",
         lambda: _load(arguments),
-        model_name=f"{arguments.model}@{arguments.revision}" if arguments.revision else arguments.model,
+        model_name=_model_name(arguments),
         root=_root(arguments, data),
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
@@ -133,13 +134,35 @@ def _settings(arguments: argparse.Namespace, templates: Mapping[str, str], **mor
     return settings
 
 
-def _write(arguments: argparse.Namespace, figures: list[Any], details: Mapping[str, Any]) -> int:
-    from mmrlhf.evaluation.results import Results, save, table
+def _measurement(arguments: argparse.Namespace, name: str) -> str:
+    """What a results file knows it by. Objects found by words and by a judge are two measurements: both may stay."""
+    return "chair by judge" if name == "chair" and arguments.judge else name
 
-    found = Results(_name(arguments), figures, dict(details))
+
+def _of(name: str, figures: Sequence[Any]) -> list[Any]:
+    """The figures of the measurement of this name."""
+    return [dataclasses.replace(figure, measurement=name) for figure in figures]
+
+
+def _write(arguments: argparse.Namespace, figures: list[Any], details: Mapping[str, Any]) -> int:
+    from mmrlhf.evaluation.answers import model_fingerprint
+    from mmrlhf.evaluation.results import NOT_RUN, Results, load, save, table
+
+    weights = model_fingerprint(_model_name(arguments)) if arguments.model else ""
+    found = Results(_name(arguments), figures, dict(details), weights=weights)
     print(table(found))
-    print(f"\nthe results lie in {save(found, _folder(arguments) / 'results.json')}")
+    path = _folder(arguments) / "results.json"
+    before = {figure.key for figure in load(path).figures if figure.metric != NOT_RUN} if path.exists() else set()
+    print(f"\nthe results lie in {save(found, path)}")
+    gone = before - {figure.key for figure in load(path).figures}
+    if gone:
+        named = ", ".join(sorted(f"{benchmark} {metric}" for _, benchmark, metric in gone)[:5])
+        _say(f"{len(gone)} figures of an earlier measurement, which the new one does not have, are gone: {named}")
     return 0
+
+
+def _model_name(arguments: argparse.Namespace) -> str:
+    return f"{arguments.model}@{arguments.revision}" if arguments.revision else arguments.model
 
 
 def _bad_rows(*lists: Sequence[Any]) -> list[dict[str, str]]:
@@ -163,15 +186,16 @@ def rewardbench(arguments: argparse.Namespace) -> int:
         bad = [*bad, *unreadable]
     result = bench.measure(pairs, scores)
     settings = {"critic": arguments.critic} if arguments.model else {}
+    name = f"rewardbench {arguments.benchmark}"
     details = {
-        f"rewardbench {arguments.benchmark}": {
+        name: {
             "settings": settings,
-            "scores": {name: list(both) for name, both in scores.items()},
+            "scores": {pair: list(both) for pair, both in scores.items()},
             "wrong": list(result.wrong),
             "bad_rows": _bad_rows(bad),
         }
     }
-    return _write(arguments, bench_figures(result, benchmark=arguments.benchmark), details)
+    return _write(arguments, _of(name, bench_figures(result, benchmark=arguments.benchmark)), details)
 
 
 def _group_scorer(arguments: argparse.Namespace, bad: list[Any]) -> Callable[[Sequence[Any]], Any]:
@@ -192,7 +216,8 @@ def _group_scorer(arguments: argparse.Namespace, bad: list[Any]) -> Callable[[Se
 
 def hallucination(arguments: argparse.Namespace) -> int:
     figures, details = _HALLUCINATION[arguments.benchmark](arguments, arguments.data)
-    return _write(arguments, figures, {arguments.benchmark: details})
+    name = _measurement(arguments, arguments.benchmark)
+    return _write(arguments, _of(name, figures), {name: details})
 
 
 def _chair(arguments: argparse.Namespace, data: str) -> tuple[list[Any], dict[str, Any]]:
@@ -262,7 +287,7 @@ _HALLUCINATION = {"chair": _chair, "pope": _pope, "mmhal": _mmhal}
 
 def safety(arguments: argparse.Namespace) -> int:
     figures, details = _safety_figures(arguments, arguments.data)
-    return _write(arguments, figures, {"safety": details})
+    return _write(arguments, _of("safety", figures), {"safety": details})
 
 
 def _safety_figures(arguments: argparse.Namespace, data: str) -> tuple[list[Any], dict[str, Any]]:
@@ -301,8 +326,9 @@ def suite(arguments: argparse.Namespace) -> int:
 
     def own(name: str) -> list[Any]:
         measure = {**_HALLUCINATION, "safety": _safety_figures}[name]
-        figures, details[name] = measure(arguments, files[name])
-        return figures
+        own = _measurement(arguments, name)
+        figures, details[own] = measure(arguments, files[name])
+        return _of(own, figures)
 
     figures, notes = suites.run(
         chosen,
@@ -313,7 +339,8 @@ def suite(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         include_path=arguments.include_path,
     )
-    return _write(arguments, figures, details | ({"notes": notes} if notes else {}))
+    tasks = [task for _, benchmark in chosen for task in benchmark.tasks]
+    return _write(arguments, figures, details | suites.task_details(tasks, notes, limit=arguments.limit))
 
 
 def _show(arguments: argparse.Namespace, chosen: Sequence[tuple[str, Any]], files: Mapping[str, str]) -> int:

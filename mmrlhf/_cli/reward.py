@@ -75,5 +75,7 @@ def _score(arguments: argparse.Namespace) -> int:
     names = [name.removeprefix("--").replace("-", "_") for name, *_ in NUMBERS]
     names += ["critic", "format", "root", "on_bad_row", "device", "dtype", "revision", "trust_remote_code"]
     options = {name: getattr(arguments, name) for name in names}
-    print(score_file(arguments.model, arguments.data, arguments.output, **options).text())
+    done = score_file(arguments.model, arguments.data, arguments.output, **options)
+    if os.environ.get("RANK", "0") == "0":
+        print(done.text())
     return 0

@@ -64,6 +64,8 @@ class Encoder:
             (`data.kept`) are kept between runs, or None.
     """
 
+    makes: type[EncodedGroup] = EncodedGroup
+
     def __init__(
         self,
         processor: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class EncodedGroup:
     vision: dict[str, Tensor] = field(default_factory=dict)  # the processor's other outputs
     images: int = 0  # images and videos together
 
+    flags: ClassVar[tuple[str, ...]] = ()  # a subclass's further fields, [p] bool each
+
     @property
     def num_tokens(self) -> int:
         """Tokens through the decoder: prefix and all slots."""
@@ -47,8 +50,11 @@ class EncodedGroup:
 def same_tokens(a: EncodedGroup, b: EncodedGroup) -> bool:
     """Whether two encodings differ in nothing but vision outputs."""
     tensors = [
-        (e.prefix_ids, *e.response_ids, *e.weights, e.pairs, e.margin.nan_to_num(nan=-1e30), *e.aligned.values())
+        (
+            *(e.prefix_ids, *e.response_ids, *e.weights, e.pairs, e.margin.nan_to_num(nan=-1e30), *e.aligned.values()),
+            *(getattr(e, name) for name in e.flags),
+        )
         for e in (a, b)
     ]
     same = (a.id, a.responses, a.images, a.aligned.keys()) == (b.id, b.responses, b.images, b.aligned.keys())
-    return same and all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
+    return type(a) is type(b) and same and all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))

@@ -8,8 +8,9 @@ the versions of the libraries, and the source of what makes them here. Another k
 read. Files are whole or absent; a damaged one is made again, with a warning, and the first CHECKED groups that are read
 are made again in every process and compared. Several processes may fill one folder: each does its own blocks first.
 
-Not kept: groups with videos, groups that are left out, encoders other than `Encoder` itself, slow tokenizers. Not
-covered: removing what is out of use (delete the folder).
+Not kept: groups with videos, groups that are left out, slow tokenizers, a subclass of `Encoder` that does not name in
+its `makers` the modules of its own that its tokens follow from. Not covered: removing what is out of use (delete the
+folder).
 """
 
 from __future__ import annotations
@@ -38,10 +39,17 @@ from mmrlhf.data.looks import Look
 from mmrlhf.data.schema import ImageRef, PreferenceGroup
 
 BLOCK = 256  # groups in a file: 2 s of work, which is what two processes may do twice
-_FORMAT = "1"  # of the files; part of their key
+_FORMAT = "2"  # of the files; part of their key
 _MAKERS = (chat, encode, encoded, schema, segments, standin)  # the modules that tokens follow from
 _LIBRARIES = ("mmrlhf", "transformers", "tokenizers", "jinja2", "numpy", "pillow")
-_POOLS = {"ids": np.int32, "weights": np.float32, "pairs": np.int64, "margin": np.float32, "aligned": np.int64}
+_POOLS = {
+    "ids": np.int32,
+    "weights": np.float32,
+    "pairs": np.int64,
+    "margin": np.float32,
+    "flags": np.bool_,
+    "aligned": np.int64,
+}
 logger = logging.getLogger(__name__)
 
 
@@ -52,6 +60,7 @@ class Kept:
         self.place = folder / "tokens"
         self.compared = 0  # groups that were read and made again
         self._settings = _settings(encoder)
+        self._makes = encoder.makes
         self._reads = self._writes = True
 
     def row(self, group: PreferenceGroup, looks: Mapping[ImageRef, Look]) -> str | None:
@@ -59,7 +68,7 @@ class Kept:
         if group.videos or any(ref not in looks for ref in group.images):
             return None
         sizes = [(looks[ref].width, looks[ref].height) for ref in group.images]
-        content = repr([group.prompt, group.responses, group.pairs, sizes])
+        content = repr([group.prompt, group.responses, group.pairs, group.ties, sizes])
         return sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     def name(self, rows: Sequence[str | None]) -> str:
@@ -77,7 +86,7 @@ class Kept:
                 arrays = {pool: file[pool] for pool in _POOLS}
             if about["key"] != name or about["content"] != _content(about["rows"], arrays):
                 raise ValueError("it does not hold what its name says")
-            return _unpack(about["rows"], arrays, groups)
+            return _unpack(about["rows"], arrays, groups, self._makes)
         except (OSError, EOFError, ValueError, TypeError, LookupError, zipfile.BadZipFile, zlib.error) as error:
             logger.warning("%s is damaged (%s); its tokens are made again", path, error)
             return {}
@@ -121,9 +130,15 @@ class Kept:
 
 def open_kept(encoder: Encoder) -> Kept | None:
     """The tokens of this encoder in its folder, or None if it has none or what it makes is not kept."""
-    if encoder.folder is None or type(encoder) is not Encoder or not encoder.chat.tokenizer.is_fast:
+    if encoder.folder is None or _makers(encoder) is None or not encoder.chat.tokenizer.is_fast:
         return None
     return Kept(encoder.folder, encoder)
+
+
+def _makers(encoder: Encoder) -> tuple[Any, ...] | None:
+    """The modules that its tokens follow from; None where its class does not say which are its own."""
+    own = () if type(encoder) is Encoder else vars(type(encoder)).get("makers")
+    return None if own is None else (*_MAKERS, *own)
 
 
 def _settings(encoder: Encoder) -> list[str]:
@@ -134,7 +149,7 @@ def _settings(encoder: Encoder) -> list[str]:
     kinds = [type(each).__qualname__ for each in (encoder.processor, tokenizer)]
     facts = [*kinds, tokenizer.model_input_names, tokenizer.special_tokens_map, encoder.chat.markers, told]
     facts += [getattr(tokenizer, "split_special_tokens", None), len(tokenizer)]
-    source = sha256(b"".join(Path(str(maker.__file__)).read_bytes() for maker in _MAKERS)).hexdigest()
+    source = sha256(b"".join(Path(str(maker.__file__)).read_bytes() for maker in _makers(encoder) or ())).hexdigest()
     return [_FORMAT, source, encoder.fingerprint, repr(facts), *map(_version, _LIBRARIES)]
 
 
@@ -156,6 +171,7 @@ def _pack(found: Mapping[int, EncodedGroup]) -> tuple[list[list[Any]], dict[str,
         pools["weights"] += each.weights
         pools["pairs"].append(each.pairs.reshape(-1))
         pools["margin"].append(each.margin)
+        pools["flags"] += [getattr(each, name) for name in each.flags]
         pools["aligned"] += each.aligned.values()
         slots = [len(ids) for ids in each.response_ids]
         rows.append([position, len(each.prefix_ids), slots, list(each.responses), each.num_pairs, list(each.aligned)])
@@ -174,7 +190,10 @@ def _content(rows: Sequence[Any], pools: Mapping[str, np.ndarray]) -> str:
 
 
 def _unpack(
-    rows: Sequence[Sequence[Any]], arrays: Mapping[str, np.ndarray], groups: Sequence[PreferenceGroup]
+    rows: Sequence[Sequence[Any]],
+    arrays: Mapping[str, np.ndarray],
+    groups: Sequence[PreferenceGroup],
+    makes: type[EncodedGroup],
 ) -> dict[int, EncodedGroup]:
     pools = {pool: torch.from_numpy(values) for pool, values in arrays.items()}
     at = dict.fromkeys(pools, 0)
@@ -189,7 +208,8 @@ def _unpack(
     found = {}
     for position, prefix, slots, responses, pairs, aligned in rows:
         group = groups[position]
-        found[position] = EncodedGroup(
+        flags: dict[str, Any] = {name: take("flags", pairs) for name in makes.flags}
+        found[position] = makes(
             id=group.id,
             prefix_ids=take("ids", prefix),
             response_ids=tuple(take("ids", length) for length in slots),
@@ -199,5 +219,6 @@ def _unpack(
             margin=take("margin", pairs),
             aligned={name: take("aligned", prefix) for name in aligned},
             images=len(group.images),
+            **flags,
         )
     return found

@@ -1,10 +1,11 @@
 """Figures of one model in one JSON file, as a table, and beside those of another.
 
-    results.json   {"format": 1, "model", "created", "figures": [{"dimension", "benchmark", "metric", "value",
-                    "better", "count", "note"}], "details": {...}}
+    results.json   {"format": 1, "model", "weights", "created", "figures": [{"dimension", "benchmark", "metric",
+                    "value", "better", "count", "note", "measurement"}], "details": {measurement: {...}}}
 
 Shares are per cent here, as the papers print them. A figure that could not be had is null, and its note says why: it is
-never left out silently, and never 0. `merge` lets several commands write into one file.
+never left out silently, and never 0. `merge` lets several commands write into one file, a measurement each: one that is
+made again takes the place of all the figures and details that it had.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Figure:
     better: str = "higher"  # higher | lower | "" where neither is (a length, a count)
     count: int | None = None  # answers, pairs or questions it is over
     note: str = ""
+    measurement: str = ""  # its entry in the details, which figures are replaced with; empty: the benchmark is one
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -50,6 +52,7 @@ class Results:
     figures: list[Figure]
     details: dict[str, Any]
     created: str = ""
+    weights: str = ""  # what tells the model's files from others of its name (`answers.model_fingerprint`), if known
 
 
 def percent(share: float | None) -> float | None:
@@ -57,8 +60,10 @@ def percent(share: float | None) -> float | None:
 
 
 def save(results: Results, path: str | Path) -> Path:
-    """Write a results file, whole or not at all; figures and details that it already has, of the same model, stay
-    unless the new ones replace them. Raises ValueError if it holds another model's."""
+    """Write a results file, whole or not at all; other measurements of the same model that it has stay, see `merge`.
+
+    Raises ValueError if it holds another model's.
+    """
     path = Path(path)
     if path.exists():
         results = merge(load(path), results)
@@ -69,6 +74,7 @@ def save(results: Results, path: str | Path) -> Path:
         {
             "format": FORMAT,
             "model": results.model,
+            "weights": results.weights,
             "created": created,
             "figures": [asdict(figure) for figure in results.figures],
             "details": results.details,
@@ -78,13 +84,37 @@ def save(results: Results, path: str | Path) -> Path:
 
 
 def merge(old: Results, new: Results) -> Results:
-    """The figures of both; where both have one, the new. That a benchmark was not run is left out where it was."""
+    """The new figures, and the old ones of measurements that were not made again: never some of either.
+
+    A measurement is known by its name; a figure without one (written by hand) counts for all of its benchmark. That a
+    benchmark was not run is left out where it was. Raises ValueError where both are of one name but not of one model.
+    """
     if old.model != new.model:
         raise ValueError(f"the results file is of {old.model!r}, the new figures of {new.model!r}: name another file")
-    figures = {figure.key: figure for figure in (*old.figures, *new.figures)}
+    made = [figure for figure in new.figures if figure.metric != NOT_RUN]
+    again, keys = {figure.measurement for figure in made if figure.measurement}, {figure.key for figure in made}
+    again |= {figure.measurement for figure in old.figures if figure.measurement and figure.key in keys}
+    whole = {figure.key[:2] for figure in made}  # benchmarks
+    whole_by_new = {figure.key[:2] for figure in made if not figure.measurement}
+    kept = [
+        figure
+        for figure in old.figures
+        if figure.measurement not in again and figure.key[:2] not in (whole_by_new if figure.measurement else whole)
+    ]
+    if kept and old.weights and new.weights and old.weights != new.weights:
+        raise ValueError(
+            f"the results file has figures of other weights of {new.model!r}, such as {kept[0].benchmark}'s: name "
+            "another output, or remove the file"
+        )
+    figures = {figure.key: figure for figure in (*kept, *new.figures)}
     run = {figure.key[:2] for figure in figures.values() if figure.metric != NOT_RUN}
-    kept = [figure for figure in figures.values() if figure.metric != NOT_RUN or figure.key[:2] not in run]
-    return Results(new.model, kept, {**old.details, **new.details}, new.created)
+    shown = [figure for figure in figures.values() if figure.metric != NOT_RUN or figure.key[:2] not in run]
+    places: dict[tuple[str, str], int] = {}
+    for figure in old.figures:
+        places.setdefault(figure.key[:2], len(places))
+    shown.sort(key=lambda figure: places.get(figure.key[:2], len(places)))  # a benchmark keeps its place
+    details = {name: value for name, value in old.details.items() if name not in again}
+    return Results(new.model, shown, {**details, **new.details}, new.created, new.weights or old.weights)
 
 
 def load(path: str | Path) -> Results:
@@ -99,7 +129,7 @@ def load(path: str | Path) -> Results:
         if value["format"] != FORMAT:
             raise ValueError(f"it has format {value['format']!r}, this version reads {FORMAT}")
         figures = [Figure(**entry) for entry in value["figures"]]
-        return Results(value["model"], figures, value["details"], value["created"])
+        return Results(value["model"], figures, value["details"], value["created"], value.get("weights", ""))
     except KeyError as error:
         raise ValueError(f"{path} is no results file of mmrlhf: it lacks {error}") from error
     except (TypeError, ValueError) as error:

@@ -178,7 +178,33 @@ def run(
 
 def task_figures(dimension: str, name: str, task: str, metrics: dict[str, tuple[float, bool | None]]) -> list[Figure]:
     """A task's metrics as figures, in lmms-eval's own units; one without a value where it gave none."""
+    own = measurement(task)
     if not metrics:
-        return [Figure(dimension, name, task, None, "", note="lmms-eval gave no figure (an answer file to submit?)")]
+        why = "lmms-eval gave no figure (an answer file to submit?)"
+        return [Figure(dimension, name, task, None, "", note=why, measurement=own)]
     better = {True: "higher", False: "lower", None: ""}
-    return [Figure(dimension, name, f"{task} {m}", value, better[up]) for m, (value, up) in metrics.items()]
+    return [
+        Figure(dimension, name, f"{task} {metric}", value, better[up], measurement=own)
+        for metric, (value, up) in metrics.items()
+    ]
+
+
+def measurement(task: str) -> str:
+    """The name in a results file of what one of lmms-eval's tasks measures."""
+    return f"lmms-eval {task}"
+
+
+def task_details(tasks: Sequence[str], notes: Sequence[str], *, limit: int | None = None) -> dict[str, Any]:
+    """For a results file, by measurement: what two results must share to be comparable, and what a task did not get.
+
+    A note that names none of the tasks (a part of one does) stands with each of them.
+    """
+    settings = {} if limit is None else {"limit": limit}
+    shared = [note for note in notes if not note.startswith(tuple(tasks))]
+    return {
+        measurement(task): {
+            "settings": settings,
+            "notes": [note for note in notes if note in shared or note.startswith(task)],
+        }
+        for task in tasks
+    }

@@ -17,10 +17,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class CritiqueGroup(EncodedGroup):
     """One group for a reward model: `response_ids` are branches, `pairs` has the ties too."""
 
     ties: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.bool))  # [p] bool
+
+    flags: ClassVar[tuple[str, ...]] = ("ties",)
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,9 @@ class _CritiqueChat(Chat):
 
 class CritiqueEncoder(Encoder):
     """An `Encoder` of groups for a reward model; the same arguments. Segments weigh nothing here."""
+
+    makes = CritiqueGroup
+    makers = (sys.modules[__name__],)  # for `data.kept`: tokens are made anew where this file changes
 
     def __init__(self, processor: Any, **options: Any):
         super().__init__(processor, **options)

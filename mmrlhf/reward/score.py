@@ -8,66 +8,37 @@ from the same cache (`decode`); with critiques given, or none, its responses are
 stays the data's own: a score that contradicts it gives a negative margin, which `dynamic_beta` holds at beta.
 
 Work that is done is kept in OUT.journal, a line a group, under a hash of the model, the options and the group: what
-is stopped goes on where it was, and rows added to DATA later are the only ones computed.
+is stopped goes on where it was, and rows added to DATA later are the only ones computed. Under torchrun each process
+scores every n-th batch; the first keeps the journal and writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
-import math
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
-from mmrlhf.batch import layout_of
 from mmrlhf.data import readers, writers
-from mmrlhf.data.collate import collate
-from mmrlhf.data.images import MAX_PIXELS
 from mmrlhf.data.schema import BadRow, ListedPair, PreferenceGroup
-from mmrlhf.models import generate, parts, shared_prefix, vision
+from mmrlhf.models import parts
 from mmrlhf.reward import decode
 from mmrlhf.reward.critique import RewardModel, load_reward_model
-from mmrlhf.reward.encode import CritiqueEncoder, CritiqueGroup, asking, listed
+from mmrlhf.reward.encode import CritiqueEncoder, CritiqueGroup, listed
 from mmrlhf.reward.journal import Journal, Scored
+from mmrlhf.reward.passes import Scoring, Waiting, cost, encoder_for, score_batch
 from mmrlhf.train import setup
+from mmrlhf.train.checkpoint import together
+from mmrlhf.train.distributed import World, join
 from mmrlhf.train.state import fingerprint, text_fingerprint
 
 T = TypeVar("T")
-CRITICS = ("generated", "given", "none")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How to score. `critic`: write a critique first, take the data's, or read the score after the answer alone."""
-
-    critic: str = "generated"
-    samples: int = 1  # critiques a response, whose scores are averaged; the paper found that to hurt (section 5.3)
-    temperature: float = 1.0  # of the samples, where there are several; one critique is greedy
-    seed: int = 0
-    max_new_tokens: int = 1024  # of a critique; the published evaluation allows 4096
-    tokens_per_batch: int = 32768  # critiques to be written counted in full
-    max_group_tokens: int = 32768
-    max_image_pixels: int = MAX_PIXELS
-    video_frames: int = 8
-
-    def __post_init__(self):
-        if self.critic not in CRITICS:
-            raise ValueError(f"critic must be one of {', '.join(CRITICS)}, got {self.critic!r}")
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int) and name != "seed" and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
-        if self.samples > 1 and self.critic != "generated":
-            raise ValueError(f"samples is {self.samples}, but with critic {self.critic} nothing is sampled")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be finite and positive, got {self.temperature!r}")
 
 
 def score_groups(
@@ -77,174 +48,85 @@ def score_groups(
     root: str | Path,
     on_bad_row: str = "raise",
     bad_rows: list[BadRow] | None = None,
+    world: World | None = None,
     **options: Any,
 ) -> Iterator[Scored]:
     """Scores of the responses of each group, in order, a batch at a time; the other arguments are those of `Scoring`.
 
-    `root`: where images and videos lie. Raises BadRow naming a group that cannot be encoded, or (`on_bad_row` "skip")
-    leaves it out and puts it into `bad_rows`; ValueError for an argument, or a score that is not finite.
+    `root`: where images and videos lie. `world`: all its processes call with the same arguments; each scores its share
+    of the batches, which are those of one process, and all get everything. Raises BadRow naming a group that cannot be
+    encoded, or (`on_bad_row` "skip") leaves it out and puts it into `bad_rows`; ValueError for an argument, or a score
+    that is not finite.
     """
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"on_bad_row must be raise or skip, got {on_bad_row!r}")
     settings = Scoring(**options)
-    encoder = _encoder(reward, settings, root)
+    encoder = encoder_for(reward, settings, root)
     reason = decode.why_not(reward.model) if settings.critic == "generated" else None
     if reason is not None:
         logger.warning("every critique reads its prompt anew: %s", reason)
-    waiting: list[tuple[int, PreferenceGroup, CritiqueGroup]] = []
-    filled = 0
-    for index, group in enumerate(groups):
+
+    def encoded(group: PreferenceGroup) -> CritiqueGroup | None:
         try:
             if reason is not None and group.videos:
                 raise BadRow(group.source or group.id, f"critiques of videos are not possible here: {reason}")
-            encoded = encoder.rows(group, settings.critic)
+            return encoder.rows(group, settings.critic)
         except BadRow as error:
             if on_bad_row == "raise":
                 raise
             if bad_rows is not None:
                 bad_rows.append(error)
+            return None
+
+    batches = _batches(groups, encoded, settings)
+    world = world or World()
+    apart = reason is not None
+    yield from _in_turn(batches, lambda batch: score_batch(reward, encoder, batch, settings, apart=apart), world)
+
+
+def _batches(
+    groups: Sequence[PreferenceGroup], encoded: Callable[[PreferenceGroup], CritiqueGroup | None], settings: Scoring
+) -> Iterator[Waiting]:
+    """Groups in order, as many as `tokens_per_batch` allows together."""
+    waiting: list[tuple[int, PreferenceGroup, CritiqueGroup]] = []
+    filled = 0
+    for index, group in enumerate(groups):
+        found = encoded(group)
+        if found is None:
             continue
-        cost = _cost(encoded, settings)
-        if waiting and filled + cost > settings.tokens_per_batch:
-            yield from _score(reward, encoder, waiting, settings, apart=reason is not None)
+        size = cost(found, settings)
+        if waiting and filled + size > settings.tokens_per_batch:
+            yield waiting
             waiting, filled = [], 0
-        waiting.append((index, group, encoded))
-        filled += cost
+        waiting.append((index, group, found))
+        filled += size
     if waiting:
-        yield from _score(reward, encoder, waiting, settings, apart=reason is not None)
+        yield waiting
 
 
-def _encoder(reward: RewardModel, settings: Scoring, root: str | Path) -> CritiqueEncoder:
-    return CritiqueEncoder(
-        reward.processor,
-        root=root,
-        max_group_tokens=settings.max_group_tokens,
-        max_image_pixels=settings.max_image_pixels,
-        video_frames=settings.video_frames,
-    )
+def _in_turn(batches: Iterator[Waiting], work: Callable[[Waiting], list[Scored]], world: World) -> Iterator[Scored]:
+    """What the batches give, in order. Every process makes all of them, which is cheap beside a critique, so that a
+    batch is the same whoever scores it, to the last bit; as many as there are processes are scored side by side."""
 
+    def take() -> tuple[int, list[Scored]]:
+        taken, own = 0, None
+        for number in range(world.size):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            taken += 1
+            if number == world.rank:
+                own = batch
+        return taken, [] if own is None else work(own)
 
-def _cost(encoded: CritiqueGroup, settings: Scoring) -> int:
-    """Tokens of a group in the pass that scores it; where critiques are written, every row has the prompt's cache."""
-    if settings.critic != "generated":
-        return encoded.num_tokens
-    prefix = encoded.prefix_ids.numel()
-    return sum(settings.samples * (prefix + ids.numel() + settings.max_new_tokens) for ids in encoded.response_ids)
-
-
-@torch.no_grad()
-def _score(
-    reward: RewardModel,
-    encoder: CritiqueEncoder,
-    given: Sequence[tuple[int, PreferenceGroup, CritiqueGroup]],
-    settings: Scoring,
-    *,
-    apart: bool,
-) -> list[Scored]:
-    """The groups of one batch."""
-    groups = [group for _, group, _ in given]
-    encoded = [each for _, _, each in given]
-    texts: list[str | None]
-    if settings.critic == "generated" and not apart:
-        texts, scores = _generated(reward, encoder, groups, encoded, settings)
-    elif settings.critic == "generated":
-        texts, scores = _generated_apart(reward, encoder, groups, encoded, settings)
-    else:
-        texts = [None] * sum(len(group.responses) for group in groups)
-        if settings.critic == "given":
-            texts = [response.critique for group in groups for response in group.responses]
-        scores = _packed_scores(reward, encoded)
-    samples = settings.samples
-    mean = scores.double().view(-1, samples).mean(dim=1).tolist()
-    found = []
-    at = 0
-    for index, group, _ in given:
-        values = tuple(mean[at : at + len(group.responses)])
-        if not all(math.isfinite(value) for value in values):
-            raise ValueError(f"group {group.id} ({group.source or 'no source'}): its scores are not finite: {values}")
-        critiques = tuple(texts[at * samples : (at + len(values)) * samples : samples])
-        found.append(Scored(index, group.id, values, critiques))
-        at += len(values)
-    return found
-
-
-def _packed_scores(reward: RewardModel, encoded: Sequence[CritiqueGroup]) -> Tensor:
-    """[R] float32: the score of every branch, read in one packed row."""
-    batch = collate(encoded)
-    layout, last = layout_of(batch), batch.cu_seqlens[1:] - 1
-    batch = shared_prefix.prepare(reward.model, batch).to(reward.device)
-    hidden = shared_prefix.response_hidden(reward.model, batch, share_prefix=reward.share_prefix, layout=layout)
-    return reward.head(hidden[last.to(reward.device)])
-
-
-def _generated(
-    reward: RewardModel,
-    encoder: CritiqueEncoder,
-    groups: Sequence[PreferenceGroup],
-    encoded: Sequence[CritiqueGroup],
-    settings: Scoring,
-) -> tuple[list[str | None], Tensor]:
-    """Critiques and scores [R * samples] from one cache."""
-    batch = collate(encoded)
-    layout = layout_of(batch)
-    batch = shared_prefix.prepare(reward.model, batch).to(reward.device)
-    whole, tokenizer = parts.base_model(reward.model), encoder.chat.tokenizer
-    decoding = decode.Decoding(
-        max_new_tokens=settings.max_new_tokens,
-        ends=tuple(generate.end_tokens(whole, tokenizer)),
-        suppressed=tuple(generate.suppressed_tokens(reward.model, reward.processor)),
-        temperature=settings.temperature if settings.samples > 1 else None,
-        seed=settings.seed,
-    )
-    spoken, hidden = decode.speak(
-        reward.model,
-        batch,
-        layout,
-        vision.encode(reward.model, batch),
-        [encoder.closing(group) for group in groups],
-        decoding,
-        samples=settings.samples,
-    )
-    texts = tokenizer.batch_decode(spoken, skip_special_tokens=True)
-    return [text.strip() for text in texts], reward.head(hidden)
-
-
-def _generated_apart(
-    reward: RewardModel,
-    encoder: CritiqueEncoder,
-    groups: Sequence[PreferenceGroup],
-    encoded: Sequence[CritiqueGroup],
-    settings: Scoring,
-) -> tuple[list[str | None], Tensor]:
-    """The same for a decoder whose cache cannot be shared: critiques by the model's own `generate`, then one pass."""
-    prompts: list[generate.Prompt] = []
-    keys = []
-    for group in groups:
-        pictures = encoder.opened(group)
-        source = group.source or group.id
-        prompts += [(asking(group.prompt, response.text, source), pictures) for response in group.responses]
-        keys += [f"{group.id}#{index}" for index in range(len(group.responses))]
-    words: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens}
-    if settings.samples == 1:
-        spoken = [[text] for text in generate.answer(reward.model, reward.processor, prompts, **words)]
-    else:  # an answer at a time: its draws must not depend on its batch, which differs once a stopped run goes on
-        words |= {"n": settings.samples, "temperature": settings.temperature}
-        spoken = []
-        for prompt, key in zip(prompts, keys, strict=True):
-            seed = decode.seed_of(settings.seed, key)
-            spoken += generate.sample(reward.model, reward.processor, [prompt], seed=seed, **words)
-    at = 0
-    branches = []
-    for group, each in zip(groups, encoded, strict=True):
-        closing = encoder.closing(group)
-        rows = []
-        for head, texts in zip(each.response_ids, spoken[at : at + len(each.response_ids)], strict=True):
-            rows += [torch.tensor([*head.tolist(), *encoder.spoken(text), *closing, closing[-1]]) for text in texts]
-        at += len(each.response_ids)
-        weights = tuple(torch.zeros(row.numel()) for row in rows)
-        indices = tuple(index for index in each.responses for _ in range(settings.samples))
-        branches.append(dataclasses.replace(each, response_ids=tuple(rows), weights=weights, responses=indices))
-    return [text for texts in spoken for text in texts], _packed_scores(reward, branches)
+    while True:
+        outcomes = together(world, take)
+        if len({taken for taken, _ in outcomes}) > 1:
+            raise ValueError("the processes do not read the same data: every one needs the same files")
+        for _, found in outcomes:
+            yield from found
+        if outcomes[0][0] < world.size:
+            return
 
 
 def score_file(
@@ -266,49 +148,61 @@ def score_file(
     """Score a file's responses and write it back; the other arguments are those of `readers.read_groups` and `Scoring`.
 
     Groups without any pair (ties, contradictions) are scored by nobody's order and are left out; they are in the
-    result. Raises BadRow, TooManyBadRows, ValueError for an argument, a journal of another model or other options, or
-    a model without a scoring head.
+    result. Under torchrun the processes share the work, and the first writes what one alone would have written; they
+    need the same files and one storage. Raises BadRow, TooManyBadRows, ValueError for an argument, a journal of another
+    model or other options, or a model without a scoring head; what fails in one process is a RuntimeError in others.
     """
-    setup.single_process("mmrlhf reward score")
     output = Path(output)
     settings = Scoring(**options)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ValueError(f"output: {output} must be a file in a folder that is there")
-    found = readers.read_groups(data, format=format, root=root, on_bad_row=on_bad_row, max_bad_rows=max_bad_rows)
-    if Path(data).exists() and output.exists() and output.samefile(data):
-        raise ValueError(f"output: {output} is the data itself")
-    if not found.groups:
-        raise ValueError(
-            f"{data} has no group with a pair to score: of {found.rows} rows {len(found.bad_rows)} are bad"
-        )
-    code: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    reward = load_reward_model(model, device=device, dtype=dtype, backend=backend, **code)
-    encoder = _encoder(reward, settings, found.root)
-    bad = list(found.bad_rows)
-    with Journal(output.with_name(output.name + ".journal"), key=_key(reward, settings)) as journal:
-        hashes = _hashes(encoder, found.groups, on_bad_row, bad)
+    with join(setup.pick_device(device)) as world, contextlib.ExitStack() as stack:
+        found = readers.read_groups(data, format=format, root=root, on_bad_row=on_bad_row, max_bad_rows=max_bad_rows)
+        if Path(data).exists() and output.exists() and output.samefile(data):
+            raise ValueError(f"output: {output} is the data itself")
+        if not found.groups:
+            raise ValueError(
+                f"{data} has no group with a pair to score: of {found.rows} rows {len(found.bad_rows)} are bad"
+            )
+        code: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+        reward = load_reward_model(model, device=device, dtype=dtype, backend=backend, **code)
+        key = _key(reward, settings) if world.first else ""
+        journal = Journal(output.with_name(output.name + ".journal"), key=key)
+        together(world, lambda: stack.enter_context(journal).path if world.first else None)
+        bad = list(found.bad_rows)
+        hashes = _hashes(encoder_for(reward, settings, found.root), found.groups, on_bad_row, bad, world)
         readers.check_cap(bad, found.rows, max_bad_rows, what="rows", where=str(data))  # before hours of scoring
         usable = [group for group in found.groups if group.id in hashes]
-        todo = [group for group in usable if journal.get(hashes[group.id], group) is None]
-        asked = {"root": found.root, "on_bad_row": on_bad_row, "bad_rows": bad, **dataclasses.asdict(settings)}
-        for new in _shown(score_groups(reward, todo, **asked), len(todo), "score"):
-            journal.add(hashes[new.id], new)
+        # The first process alone knows what is done.
+        open_ = [i for i, group in enumerate(usable) if world.first and journal.get(hashes[group.id], group) is None]
+        todo = [usable[index] for index in world.gather(open_)[0]]
+        asked: dict[str, Any] = {"root": found.root, "on_bad_row": on_bad_row, "bad_rows": bad, "world": world}
+        scored = score_groups(reward, todo, **asked, **dataclasses.asdict(settings))
+        for new in _shown(scored, len(todo), "score", world):
+            if world.first:
+                journal.add(hashes[new.id], new)
         readers.check_cap(bad, found.rows, max_bad_rows, what="rows", where=str(data))
-        written = [
-            with_scores(group, done) for group in usable if (done := journal.get(hashes[group.id], group)) is not None
-        ]
-    pairs = [pair for group in written for pair in group.preference_pairs()]
-    writers.write_ranked(written, output)
+
+        def write() -> dict[str, int]:
+            done = [(group, journal.get(hashes[group.id], group)) for group in usable]
+            written = [with_scores(group, scores) for group, scores in done if scores is not None]
+            writers.write_ranked(written, output)
+            pairs = [pair for group in written for pair in group.preference_pairs()]
+            return {
+                "groups": len(written),
+                "responses": sum(len(group.responses) for group in written),
+                "pairs": len(pairs),
+                "agreeing": sum(pair.margin is not None and pair.margin > 0 for pair in pairs),
+            }
+
+        counts = together(world, lambda: write() if world.first else {})[0]
     return ScoredFile(
         path=output,
         root=found.root,
-        groups=len(written),
-        responses=sum(len(group.responses) for group in written),
         computed=len(todo),
-        pairs=len(pairs),
-        agreeing=sum(pair.margin is not None and pair.margin > 0 for pair in pairs),
         without_pairs=tuple(found.without_pairs),
         bad_rows=tuple(bad),
+        **counts,
     )
 
 
@@ -366,24 +260,33 @@ def _few(names: Sequence[str], most: int = 5) -> str:
 
 
 def _hashes(
-    encoder: CritiqueEncoder, groups: Sequence[PreferenceGroup], on_bad_row: str, bad: list[BadRow]
+    encoder: CritiqueEncoder, groups: Sequence[PreferenceGroup], on_bad_row: str, bad: list[BadRow], world: World
 ) -> dict[str, str]:
-    """`row_hash` of each group by id; a group whose files cannot be read is a bad row."""
-    found = {}
-    for group in _shown(groups, len(groups), "look"):  # every picture is read
-        try:
-            found[group.id] = encoder.row_hash(group)
-        except BadRow as error:
-            if on_bad_row == "raise":
-                raise
-            bad.append(error)
-    return found
+    """`row_hash` of each group by id; a group whose files cannot be read is a bad row. Each process reads its share."""
+
+    def look() -> list[tuple[int, str, str, str]]:
+        """(index, hash, source and reason of a bad row) of every group of this process."""
+        made = []
+        own = range(world.rank, len(groups), world.size)
+        for index in _shown(own, len(own), "look", world):  # every picture is read
+            try:
+                made.append((index, encoder.row_hash(groups[index]), "", ""))
+            except BadRow as error:
+                if on_bad_row == "raise":
+                    raise
+                made.append((index, "", error.source, error.reason))
+        return made
+
+    made = sorted(each for part in together(world, look) for each in part)
+    bad += [BadRow(source, reason) for _, name, source, reason in made if not name]
+    return {groups[index].id: name for index, name, _, _ in made if name}
 
 
-def _shown(groups: Iterable[T], total: int, what: str) -> Iterator[T]:
+def _shown(groups: Iterable[T], total: int, what: str, world: World) -> Iterator[T]:
     from tqdm import tqdm
 
-    yield from tqdm(groups, total=total, desc=what, unit="group", leave=False, disable=None)
+    hidden = None if world.first else True
+    yield from tqdm(groups, total=total, desc=what, unit="group", leave=False, disable=hidden)
 
 
 def _key(reward: RewardModel, settings: Scoring) -> str:

@@ -135,15 +135,15 @@ def save(
 ) -> Path:
     """Write one checkpoint under `folder`; returns its path.
 
-    Raises OSError if the disk fails, with everything half written removed and the older checkpoints as they were.
-    A whole checkpoint of the same step is left as it is (replacing it would need a moment without it); a damaged one
-    makes room. `world`: all its processes call, each with its own `Rows`, and all raise where one fails.
+    Raises OSError if the disk fails, and whatever else went wrong, with everything half written removed and the older
+    checkpoints as they were. A whole checkpoint of the same step is left as it is (replacing it would need a moment
+    without it); a damaged one makes room. `world`: all its processes call, each with its own `Rows`, and all raise
+    where one fails: see `together`.
     """
     fs, world = fs or FileSystem(), world or World()
     target = folder / f"step-{step:08d}"
-    there = world.first and target.exists() and verify(target) is None
     beside = folder / f"{target.name}.tmp-{os.getpid()}"
-    there, beside = world.gather((there, beside))[0]
+    there, beside = together(world, lambda: (world.first and target.exists() and verify(target) is None, beside))[0]
     if there:
         return target
     try:
@@ -155,7 +155,7 @@ def save(
             together(world, lambda: None)
             together(world, lambda: _write_parts(beside, model, optimizer, fs, world))
             together(world, lambda: None)
-    except OSError:
+    except Exception:
         if world.first:
             discard(beside, fs)
         raise
@@ -163,18 +163,33 @@ def save(
 
 
 def together(world: World, work: Callable[[], Any]) -> list[Any]:
-    """What `work` gave in every process. If the disk failed in one, all raise: an OSError that says why."""
+    """What `work` gave in every process, by rank. Where it raised in one, all raise: none is left waiting.
+
+    If nothing but disks failed, all raise an OSError. Anything else in any process (memory, a state that is no JSON) is
+    raised there as it is and everywhere else, also where a disk failed, as a RuntimeError: who goes on after an OSError
+    must not go on alone. Both say which process it was. KeyboardInterrupt and SystemExit are not waited for.
+    """
     found, failed = None, None
     try:
         found = work()
-    except OSError as error:
+    except Exception as error:
         failed = error
-    outcomes = world.gather((found, None if failed is None else (failed.errno, str(failed))))
-    if failed is not None:
+    wrong: tuple[int | None, str] | None = None
+    if isinstance(failed, OSError):
+        wrong = (failed.errno or 0, str(failed))
+    elif failed is not None:
+        wrong = (None, f"{type(failed).__name__}: {failed}")
+    outcomes = world.gather((found, wrong))
+    faults = {rank: wrong for rank, (_, wrong) in enumerate(outcomes) if wrong is not None}
+    fatal = next((rank for rank, (code, _) in faults.items() if code is None), None)
+    if failed is not None and (fatal is None or not isinstance(failed, OSError)):
+        if world.size > 1 and hasattr(failed, "add_note"):  # Python 3.11
+            failed.add_note(f"in process {world.rank} of {world.size}")
         raise failed
-    for rank, (_, wrong) in enumerate(outcomes):
-        if wrong is not None:
-            raise OSError(wrong[0] or 0, f"process {rank}: {wrong[1]}")
+    if fatal is not None:
+        raise RuntimeError(f"process {fatal}: {faults[fatal][1]}") from failed
+    for rank, (code, text) in faults.items():
+        raise OSError(code or 0, f"process {rank}: {text}")
     return [each for each, _ in outcomes]
 
 

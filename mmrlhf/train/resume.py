@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,23 @@ from mmrlhf.ops.sharded import is_dtensor, local_rows
 from mmrlhf.train import checkpoint, shard
 from mmrlhf.train.checkpoint import Checkpoint, Rows, Tensors
 from mmrlhf.train.distributed import World
-from mmrlhf.train.optim import Optimizer
+from mmrlhf.train.optim import MASTER, Optimizer
 from mmrlhf.train.run import RunFolder
-from mmrlhf.train.state import differences, flat_settings, restore_rng, rng_state, seed_everything, versions
+from mmrlhf.train.state import (
+    check_rng,
+    differences,
+    flat_settings,
+    restore_rng,
+    rng_state,
+    seed_everything,
+    versions,
+)
 
 if TYPE_CHECKING:
     from mmrlhf.train.prepare import Ready
+
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter: all of it, or none
 
 
 @dataclass
@@ -102,37 +113,89 @@ def restore(
 ) -> Progress:
     """Weights, optimiser state and random generators of the checkpoint, or the seed where there is none.
 
-    Each process draws from its own generators: one dropout mask would otherwise fall on every share of a step.
+    Each process draws from its own generators: one dropout mask would otherwise fall on every share of a step. Raises
+    ValueError for a checkpoint that does not fit in any of its parts; then none of them is changed, in any process.
     """
     if found is None:
         seed_everything(settings.seed + world.rank)
         return Progress()
-    stored, ranges = found.model, {}
     saved = saved_tensors(model, adapters_only=settings.lora.enabled)
-    if set(saved) != set(stored):
-        odd = sorted(set(saved) ^ set(stored))
-        raise ValueError(f"{found.path} does not fit the model: {len(odd)} tensors differ, for example {odd[0]}")
+    device = parts.parameter_device(model)
+    progress: Progress = checkpoint.together(world, lambda: _check_fits(found, saved, optimizer, device, world))[
+        world.rank
+    ]
+    stored, ranges = found.model, {}
     with torch.no_grad():
         for name, tensor in saved.items():
-            if tuple(tensor.shape) != stored.shape(name):
-                raise ValueError(
-                    f"{found.path} does not fit the model: {name} is {stored.shape(name)} there and "
-                    f"{tuple(tensor.shape)} here"
-                )
             if is_dtensor(tensor):
                 local, (start, _) = local_rows(tensor), shard.row_range(tensor)
                 ranges[name] = (start, start + local.shape[0])
                 local.copy_(stored.rows(name, *ranges[name]))
             else:
                 tensor.copy_(stored[name])
-    optimizer.load_state({key: _own(found.optimizer, key, ranges) for key in found.optimizer})
-    progress = Progress(**found.state["progress"])
+    state = {key: _own(found.optimizer, key, ranges) for key in found.optimizer}
+    for name, stepped in optimizer.stepped.items():
+        # A float32 run that goes on in bfloat16 (`resume_changed`) left no masters; they start as the saved weights,
+        # or the first step would go back to those of the start.
+        if stepped.dtype != optimizer.named[name].dtype and f"{name}/{MASTER}" not in state:
+            state[f"{name}/{MASTER}"] = stored[name]
+    optimizer.load_state(state)
     # What `resume_changed` lets through: another number of processes, or another kind of device.
     seed_everything(settings.seed + world.rank + world.size * progress.step)
     generators = found.state["rng"]
     if len(generators) == world.size:
-        restore_rng(generators[world.rank], parts.parameter_device(model))
+        restore_rng(generators[world.rank], device)
     return progress
+
+
+def _check_fits(
+    found: Checkpoint, saved: Mapping[str, Tensor], optimizer: Optimizer, device: torch.device, world: World
+) -> Progress:
+    """How far a checkpoint is whose every name, shape and state fits this process; ValueError for another."""
+    stored = found.model
+    if set(saved) != set(stored):
+        odd = sorted(set(saved) ^ set(stored))
+        raise ValueError(f"{found.path} does not fit the model: {len(odd)} tensors differ, for example {odd[0]}")
+    for name, tensor in saved.items():
+        if tuple(tensor.shape) != stored.shape(name):
+            raise ValueError(
+                f"{found.path} does not fit the model: {name} is {stored.shape(name)} there and "
+                f"{tuple(tensor.shape)} here"
+            )
+    _check_optimizer(found, optimizer)
+    try:
+        progress, generators = Progress(**found.state["progress"]), found.state["rng"]
+        if any(type(count) is not int for count in dataclasses.astuple(progress)):
+            raise TypeError(f"progress is {found.state['progress']}")
+        if len(generators) == world.size:
+            check_rng(generators[world.rank], device)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{found.path}: {checkpoint.STATE} does not say how to go on: {error}") from error
+    return progress
+
+
+def _check_optimizer(found: Checkpoint, optimizer: Optimizer) -> None:
+    """ValueError for a state of other parameters or shapes, or one that lacks a part of what AdamW needs."""
+    owners: dict[str, set[str]] = {}
+    for key in found.optimizer:
+        name, _, what = key.rpartition("/")
+        owners.setdefault(name, set()).add(what)
+    foreign = sorted(set(owners) - set(optimizer.named))
+    if foreign:
+        raise ValueError(
+            f"{found.path} does not fit the optimiser: {len(foreign)} parameters are not trained here, for example "
+            f"{foreign[0]}"
+        )
+    for name, parts_of in owners.items():
+        if (parts_of - {MASTER}) not in (set(), set(MOMENTS)):
+            raise ValueError(f"{found.path} does not fit the optimiser: {name} has {', '.join(sorted(parts_of))}")
+        for what in parts_of:
+            there = found.optimizer.shape(f"{name}/{what}")
+            here = () if what == "step" else tuple(optimizer.named[name].shape)
+            if there != here:
+                raise ValueError(
+                    f"{found.path} does not fit the optimiser: {name}/{what} is {there} there and {here} here"
+                )
 
 
 def _own(stored: Tensors, key: str, ranges: Mapping[str, tuple[int, int]]) -> Tensor:
@@ -153,26 +216,26 @@ def saved_tensors(model: nn.Module, *, adapters_only: bool) -> dict[str, Tensor]
 def save(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:
     """Write a checkpoint of this moment, unless it has one, and drop the oldest. Raises OSError if the disk fails.
 
-    Of several processes the first writes, and each its own rows of a model that is cut; all raise if one fails. The
-    others tell the first where their random generators are.
+    Of several processes the first writes, and each its own rows of a model that is cut; whatever fails in one, all
+    raise (`checkpoint.together`). The others tell the first where their random generators are.
     """
     progress, world, shards = ready.progress, ready.world, ready.shards
     if progress.saved == progress.step:
         return
-    generators = world.gather(rng_state(parts.parameter_device(ready.model)))
+    content: dict[str, dict[str, Tensor | Rows]] = {}
+
+    def collect() -> dict[str, Any]:
+        content.update(_content(ready, settings))
+        return rng_state(parts.parameter_device(ready.model))
+
+    generators = checkpoint.together(world, collect)
 
     def write(world: World | None = None) -> None:
-        tensors = saved_tensors(ready.model, adapters_only=settings.lora.enabled)
-        ranges = {name: shard.row_range(tensor) for name, tensor in tensors.items() if is_dtensor(tensor)}
-        optimizer: dict[str, Tensor | Rows] = {}
-        for key, value in ready.optimizer.state().items():
-            own = ranges.get(key.rpartition("/")[0])
-            optimizer[key] = value if own is None or value.dim() == 0 else Rows(value, *own)
         checkpoint.save(
             run.checkpoints,
             progress.step,
-            model={name: shards.stored(name, tensor) for name, tensor in tensors.items()},
-            optimizer=optimizer,
+            model=content["model"],
+            optimizer=content["optimizer"],
             state={
                 "progress": dataclasses.asdict(progress) | {"saved": progress.step},
                 "rng": generators,
@@ -184,15 +247,32 @@ def save(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:
             world=world,
         )
 
+    def note() -> None:
+        run.facts.update(steps=progress.step, skipped_steps=progress.skipped, tokens=progress.tokens)
+        run.write()
+        if world.first:
+            checkpoint.prune(run.checkpoints, keep_last=settings.keep_last, fs=run.fs)
+
     if shards.root is not None:
         write(world)
     else:
         checkpoint.together(world, write if world.first else lambda: None)
     progress.saved = progress.step
-    run.facts.update(steps=progress.step, skipped_steps=progress.skipped, tokens=progress.tokens)
-    run.write()
-    if world.first:
-        checkpoint.prune(run.checkpoints, keep_last=settings.keep_last, fs=run.fs)
+    checkpoint.together(world, note)
+
+
+def _content(ready: Ready, settings: TrainConfig) -> dict[str, dict[str, Tensor | Rows]]:
+    """What this process has of the tensors of a checkpoint: nothing here waits for another."""
+    tensors = saved_tensors(ready.model, adapters_only=settings.lora.enabled)
+    ranges = {name: shard.row_range(tensor) for name, tensor in tensors.items() if is_dtensor(tensor)}
+    optimizer: dict[str, Tensor | Rows] = {}
+    for key, value in ready.optimizer.state().items():
+        own = ranges.get(key.rpartition("/")[0])
+        optimizer[key] = value if own is None or value.dim() == 0 else Rows(value, *own)
+    return {
+        "model": {name: ready.shards.stored(name, tensor) for name, tensor in tensors.items()},
+        "optimizer": optimizer,
+    }
 
 
 def save_or_warn(run: RunFolder, ready: Ready, settings: TrainConfig) -> None:

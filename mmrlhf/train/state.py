@@ -69,14 +69,39 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put back what `rng_state` gave; a device of another kind than its own stays as it is."""
+    """Put back what `rng_state` gave; a device of another kind than its own stays as it is.
+
+    Raises ValueError, with every generator as it was, for what `rng_state` cannot have given.
+    """
+    check_rng(state, device)
+    python, numpy, cpu, cuda = _states(state, device)
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)
+
+
+def check_rng(state: Mapping[str, Any], device: torch.device) -> None:
+    """Raise ValueError for a state that `restore_rng` could not put back whole; no generator of the run is touched."""
+    try:
+        python, numpy, cpu, cuda = _states(state, device)
+        random.Random().setstate(python)
+        np.random.RandomState().set_state(numpy)
+        torch.Generator().set_state(cpu)
+        if cuda is not None and (told := cuda.numel()) != (own := torch.cuda.get_rng_state(device).numel()):
+            raise ValueError(f"{told} bytes for a CUDA device whose state has {own}")
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"not a state of the random generators: {type(error).__name__}: {error}") from error
+
+
+def _states(state: Mapping[str, Any], device: torch.device) -> tuple[Any, Any, Tensor, Tensor | None]:
+    """Those of python, numpy, torch and (for a CUDA device) its own, as each takes them."""
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(_decode(state["torch"]))
-    if state["cuda"] and device.type == "cuda":
-        torch.cuda.set_rng_state(_decode(state["cuda"][0]), device)
+    cuda = _decode(state["cuda"][0]) if state["cuda"] and device.type == "cuda" else None
+    numpy = (name, np.array(keys, dtype=np.uint32), position, has_gauss, cached)
+    return (version, tuple(words), gauss), numpy, _decode(state["torch"]), cuda
 
 
 def _encode(state: Tensor) -> str:

@@ -103,7 +103,9 @@ def test_answers_of_a_file_by_words_and_by_a_judge(world, tmp_path, capsys):
         assert main(judged) == 0
         assert main(judged) == 0
         assert len(endpoint.requests) == 4  # "A cat" is too short to be sent; nothing is asked twice
-    both = json.loads((tmp_path / "out" / "results.json").read_text())["figures"]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    both = written["figures"]
+    assert {f["measurement"] for f in both} == set(written["details"]) == {"chair", "chair by judge"}
     rates = {f["benchmark"]: f["value"] for f in both if f["metric"] == "CHAIRs"}
     assert rates == {"CHAIR, by words": 60, "Object HalBench": 40}
     assert "the results lie in" in capsys.readouterr().out
@@ -152,6 +154,37 @@ def test_pope_mmhal_and_safety_end_to_end(world, tmp_path, capsys):
     assert details["mmhal"]["judge"]["unparsable"] == [{"id": "p1", "reply": "no idea"}]
     assert main(["eval", "compare", str(tmp_path / "out"), str(tmp_path / "out" / "results.json")]) == 0
     assert "0 figures are better, 0 worse" in capsys.readouterr().out
+
+
+def test_a_benchmark_measured_again_keeps_nothing_of_the_time_before(tmp_path, capsys):
+    """POPE with categories, then of a file without: the figures by category were of the other questions."""
+    questions = [{"id": i, "question": "?", "label": "yes", "category": "random"} for i in ("a", "b")]
+    words = ["--benchmark", "pope", "-o", str(tmp_path / "out"), "--name", "m"]
+    answered = write(tmp_path / "said.jsonl", [{"id": "a", "answer": "Yes"}, {"id": "b", "answer": "Yes"}])
+    data = write(tmp_path / "pope.jsonl", questions)
+    assert main(["eval", "hallucination", str(data), "--answers", str(answered), *words]) == 0
+    assert "random accuracy" in figures_of(tmp_path / "out")
+    capsys.readouterr()
+    write(data, [{"id": "a", "question": "?", "label": "no"}])
+    more = ["--answers", str(answered), "--style", "released"]
+    assert main(["eval", "hallucination", str(data), *more, *words]) == 0
+    assert set(figures_of(tmp_path / "out")) == {"accuracy", "F1", "yes"}
+    assert figures_of(tmp_path / "out")["accuracy"] == 0
+    assert "3 figures of an earlier measurement, which the new one does not have, are gone: POPE random F1" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("command", ["hallucination", "safety", "rewardbench", "suite"])
+def test_several_processes_are_refused(command, world, tmp_path, capsys, monkeypatch):
+    """Under torchrun each would answer, ask the judge and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data = [] if command == "suite" else [str(world / "captions.jsonl")]
+    source = ["--scores", "x"] if command == "rewardbench" else ["--model", "x"]
+    words = ["--benchmark", "chair"] if command == "hallucination" else []
+    assert main(["eval", command, *data, *source, *words, "-o", str(tmp_path / "out")]) == 2
+    assert f"WORLD_SIZE is 2, and mmrlhf eval {command} runs in one process" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_rewardbench_from_scores(tmp_path, capsys):

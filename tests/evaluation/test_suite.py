@@ -218,13 +218,13 @@ def test_tasks_without_figures_are_not_left_out():
 
 
 def test_results_are_merged_and_read_back(tmp_path):
-    one = Results("m", [Figure("A", "b", "x", 1.0, "lower", 3), Figure("A", "b", "y", 2.0)], {"b": {"settings": {}}})
+    one = Results("m", [Figure("A", "a", "y", 2.0), Figure("A", "b", "x", 1.0, "lower", 3)], {"a": {"settings": {}}})
     two = Results("m", [Figure("C", "d", "z", None, "", note="why"), Figure("A", "b", "x", 5.0, "lower", 4)], {"d": 1})
     path = results.save(one, tmp_path / "deep" / "results.json")
     results.save(two, path)
     found = results.load(tmp_path / "deep")
-    assert {f.metric: (f.value, f.count) for f in found.figures} == {"x": (5.0, 4), "y": (2.0, None), "z": (None, None)}
-    assert set(found.details) == {"b", "d"}
+    assert [(f.metric, f.value, f.count) for f in found.figures] == [("y", 2.0, None), ("x", 5.0, 4), ("z", None, None)]
+    assert set(found.details) == {"a", "d"}
     text = results.table(found)
     assert "x ↓" in text
     assert "d, z: why" in text
@@ -240,7 +240,54 @@ def test_results_are_merged_and_read_back(tmp_path):
             results.load(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="must be finite or None, got inf"):
         Figure("A", "b", "x", float("inf"))
-    assert json.loads(path.read_text())["figures"][0]["better"] == "lower"
+    assert json.loads(path.read_text())["figures"][1]["better"] == "lower"
+
+
+def test_a_measurement_that_is_made_again_takes_the_place_of_all_it_had(tmp_path):
+    """POPE by three categories, then by one: the other two, of the first run's settings, must not stand beside it."""
+    first = [Figure("H", "POPE", name, 1.0, measurement="pope") for name in ("accuracy", "random F1", "popular F1")]
+    others = [Figure("H", "POPE", "pope_adv f1", 2.0, measurement="lmms-eval pope_adv"), Figure("S", "s", "rate", 3.0)]
+    settings = {"pope": {"settings": {"style": "strict"}, "neither": ["q"]}, "lmms-eval pope_adv": {"settings": {}}}
+    path = results.save(Results("m", [*first, *others], settings), tmp_path / "results.json")
+    again = Figure("H", "POPE", "accuracy", 9.0, measurement="pope")
+    results.save(Results("m", [again], {"pope": {"settings": {"style": "released"}}}), path)
+    found = results.load(path)
+    assert {f.metric: f.value for f in found.figures} == {"accuracy": 9.0, "pope_adv f1": 2.0, "rate": 3.0}
+    assert found.details == {"pope": {"settings": {"style": "released"}}, "lmms-eval pope_adv": {"settings": {}}}
+
+
+@pytest.mark.parametrize(("old", "new"), [("", "pope"), ("pope", ""), ("", ""), ("one", "two")])
+def test_figures_without_a_measurement_go_with_their_benchmark(old, new, tmp_path):
+    """As older files have them. And of two measurements with one name for a figure, the new one alone stays."""
+    figures = [Figure("H", "POPE", name, 1.0, measurement=old) for name in ("accuracy", "random F1")]
+    path = results.save(Results("m", figures, {"one": 1}), tmp_path / "results.json")
+    results.save(Results("m", [Figure("H", "POPE", "accuracy", 9.0, measurement=new)], {new: 2}), path)
+    assert [(f.metric, f.value) for f in results.load(path).figures] == [("accuracy", 9.0)]
+
+
+def test_figures_of_two_states_of_one_model_do_not_meet(tmp_path):
+    """A folder that was trained on keeps its name. What replaces all there is needs no other file."""
+    pope, safety = (Figure("H", name, "x", 1.0, measurement=name) for name in ("pope", "safety"))
+    path = results.save(Results("m", [pope], {}, weights="old"), tmp_path / "results.json")
+    with pytest.raises(ValueError, match="figures of other weights of 'm', such as pope's: name another output"):
+        results.save(Results("m", [safety], {}, weights="new"), path)
+    results.save(Results("m", [pope], {}, weights="new"), path)
+    results.save(Results("m", [safety], {}), path)  # of a file of answers: nobody knows whose
+    assert results.load(path).weights == "new"
+    assert len(results.load(path).figures) == 2
+
+
+def test_what_a_task_of_lmms_eval_was_run_with_is_compared():
+    """A trial over 10 documents beside the whole: the figures have no count that would tell."""
+    notes = ["ocrbench asks for 3 beams", "a part of mmstar asks for more"]
+    trial = suite.task_details(["ocrbench", "mmstar"], notes, limit=10)
+    assert trial["lmms-eval ocrbench"] == {"settings": {"limit": 10}, "notes": notes}
+    assert trial["lmms-eval mmstar"]["notes"] == notes[1:]
+    whole = suite.task_details(["ocrbench"], [])
+    (figure,) = suite.task_figures("OCR", "OCRBench", "ocrbench", {"acc": (0.5, True)})
+    assert figure.measurement in trial
+    said = results.compare(Results("a", [figure], trial), Results("b", [figure], whole))
+    assert "lmms-eval ocrbench, limit: 10 before, - after" in said
 
 
 def test_a_benchmark_is_not_run_and_run_in_one_file(tmp_path):

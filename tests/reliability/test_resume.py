@@ -211,7 +211,7 @@ def test_t10_another_starting_model_is_refused(stopped, data_file, model_folder)
 
 def test_generators_go_to_a_machine_with_another_number_of_gpus(monkeypatch):
     """A run draws from one device's; a node with fewer of them, or none, must not stop it."""
-    kept = {1: torch.arange(16, dtype=torch.uint8)}
+    kept = {0: torch.zeros(16, dtype=torch.uint8), 1: torch.arange(16, dtype=torch.uint8)}
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: kept[device.index].clone())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: kept.update({device.index: value}))
     stored = json.loads(json.dumps(state.rng_state(torch.device("cuda", 1))))

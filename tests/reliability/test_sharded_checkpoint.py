@@ -63,15 +63,16 @@ class Thread(World):
 
 
 class Failing(FileSystem):
-    """Raises at the n-th call."""
+    """Raises at the n-th call: that the disk is full, or another error."""
 
-    def __init__(self, at: int):
+    def __init__(self, at: int, error: Exception | None = None):
         self.at, self.calls = at, 0
+        self.error = error or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _tick(self) -> None:
         self.calls += 1
         if self.calls - 1 == self.at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise self.error
 
     def write(self, path, chunks):
         self._tick()
@@ -114,7 +115,7 @@ def save(folder: Path, step: int, size: int, *, fs: dict[int, FileSystem] | None
                 fs=(fs or {}).get(rank),
                 world=Thread(rank, place),
             )
-        except OSError as error:
+        except Exception as error:
             found[rank] = error
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
@@ -169,6 +170,31 @@ def test_t05_a_call_that_fails_in_one_process_fails_all_and_leaves_nothing(rank,
         assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"], at
     assert all(isinstance(each, Path) for each in save(tmp_path, 2, 2))
     assert_whole(tmp_path / "step-00000002", 2)
+
+
+@pytest.mark.parametrize(("rank", "calls"), [(0, 10), (1, 4)])
+@pytest.mark.parametrize("error", [MemoryError("no room for a copy"), TypeError("int8 is no dtype of it")])
+def test_any_error_in_one_process_is_raised_in_all(rank, calls, error, tmp_path):
+    """Where nothing else fails: the others are told which process it was, and are not left waiting for it."""
+    save(tmp_path, 1, 2)
+    for at in range(calls):
+        found = save(tmp_path, 2, 2, fs={rank: Failing(at, error)})
+        assert found[rank] is error, at
+        assert type(found[1 - rank]) is RuntimeError, at
+        assert str(found[1 - rank]) == f"process {rank}: {type(error).__name__}: {error}"
+        assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"], at
+    assert all(isinstance(each, Path) for each in save(tmp_path, 2, 2))
+
+
+def test_a_full_disk_beside_another_error_is_no_reason_to_go_on(tmp_path):
+    """After an OSError a run goes on, and would wait for the process that does not."""
+    error = MemoryError("no room for a copy")
+    found = save(tmp_path, 1, 3, fs={0: Failing(1), 2: Failing(0, error)})
+    assert found[2] is error
+    assert [str(each) for each in found[:2]] == ["process 2: MemoryError: no room for a copy"] * 2
+    assert not any(isinstance(each, OSError) for each in found)
+    assert isinstance(found[0].__cause__, OSError)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_processes_without_one_storage_are_told(tmp_path):
@@ -244,7 +270,7 @@ def together(processes: list[Process], work: Callable[[Process], object]) -> lis
     def run(rank: int) -> None:
         try:
             work(processes[rank])
-        except (OSError, threading.BrokenBarrierError) as error:
+        except Exception as error:
             raised[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(processes))]
@@ -279,3 +305,30 @@ def test_the_last_save_fails_in_all_where_it_fails_in_the_one_that_writes(proces
     processes[0].fs = Failing(1)
     raised = together(processes, lambda each: resume.save(each, each.ready, TrainConfig()))
     assert all(isinstance(each, OSError) and "No space left" in str(each) for each in raised)
+
+
+@pytest.mark.parametrize("where", ["optimizer", "generators", "run.json"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fails_beside_the_writing_is_raised_in_all(where, rank, processes, monkeypatch):
+    """Before a byte is written, or after the folder has its name: the others are told then too."""
+
+    def fail(*_: object) -> None:
+        raise TypeError("what is this")
+
+    victim = processes[rank]
+    if where == "optimizer":
+        victim.ready.optimizer.state = fail
+    elif where == "generators":
+        real = resume.rng_state
+        ours = victim.ready.model
+        monkeypatch.setattr(resume.parts, "parameter_device", lambda model: "broken" if model is ours else "cpu")
+        monkeypatch.setattr(resume, "rng_state", lambda d: fail() if d == "broken" else real(torch.device(d)))
+    else:
+        victim.write = fail
+    for attempt in (resume.save_or_warn, resume.save):
+        raised = together(processes, lambda each, save=attempt: save(each, each.ready, TrainConfig()))
+        if where == "run.json" and attempt is resume.save:
+            assert raised == [None, None], "the step is saved"
+        else:
+            assert isinstance(raised[rank], TypeError)
+            assert str(raised[1 - rank]) == f"process {rank}: TypeError: what is this"
