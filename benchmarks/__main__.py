@@ -59,11 +59,13 @@ def main(words: list[str] | None = None) -> int:
         return 0
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    from benchmarks.checkout import commit
     from benchmarks.measure import machine
 
     about: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if words is None else words)]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
         "machine": machine(),
         "cases": [],
     }

@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.checkout import commit
 from benchmarks.step_case import LADDER, SWEEPS, WITH_CAUSES, WITH_DROP_IN, Case
 from benchmarks.step_flops import ceilings, seconds, work
 from benchmarks.step_models import SHAPES
@@ -141,18 +141,6 @@ def _processor() -> str:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
-
-
-def commit() -> str | None:
-    """HEAD of the checkout, with "+" where its code was changed since; None outside a checkout."""
-    here = Path(__file__).parents[1]
-    paths = ("mmrlhf", "kernels", "csrc", "benchmarks", ":!benchmarks/results")
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "--", *paths], cwd=here, capture_output=True)
-    except OSError:
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout else "") if head.returncode == 0 else None
 
 
 class Results:

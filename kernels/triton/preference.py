@@ -151,7 +151,8 @@ def _scores(
         if MEAN:
             divisor = tl.sum(weights, axis=1)
             divisor = tl.where(divisor == 0, 1.0, divisor)
-        total = total / divisor
+        # Rounded, as the reference scores have been: a policy that is its reference has rewards of exactly 0.
+        total = (total / divisor).to(tl.float32).to(tl.float64)
         tl.store(scores + r, total.to(tl.float32), mask=mask)
         tl.store(scratch + r, total, mask=mask)
         tl.store(scratch + responses + r, divisor, mask=mask)

@@ -36,7 +36,7 @@ Function = TypeVar("Function", bound=Callable)
 
 _logger = logging.getLogger("mmrlhf.ops")
 _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("mmrlhf_backend", default=None)
-_logged: set[tuple[str, str]] = set()
+_logged: set[tuple[str, Choice]] = set()
 
 
 def constant(function: Function) -> Function:
@@ -156,14 +156,16 @@ def choose(op: str, *tensors: Tensor, requested: str | None = None, need: tuple[
     """
     name, by = _requested(requested)
     if name is not None:
-        return _take(op, tensors, need, name, by)
+        choice = _take(op, tensors, need, name, by)
+        _log_once(op, choice)
+        return choice
     refusals: list[str] = []
     for row in BACKENDS:
         if op in row.ops and (row.automatic is None or tensors[0].device.type in row.automatic):
             refusal = row.refusal(tensors, need)
             if refusal is None:
                 choice = Choice(row.name, "; not ".join([row.why(), *refusals]))
-                _log_once(op, choice)
+                _log_once(op, choice, fell_back=bool(refusals))
                 return choice
             refusals.append(f"{row.name}: {refusal}")
     raise RuntimeError(f"no backend of this build runs {op}: " + ("; ".join(refusals) or "none has it"))
@@ -217,7 +219,9 @@ def _take(op: str, tensors: tuple[Tensor, ...], need: tuple[str, ...], name: str
     return Choice(name, f"asked for by {by}")
 
 
-def _log_once(op: str, choice: Choice) -> None:
-    if (op, choice.name) not in _logged:
-        _logged.add((op, choice.name))
-        _logger.info("%s runs on backend %s: %s", op, choice.name, choice.reason)
+def _log_once(op: str, choice: Choice, *, fell_back: bool = False) -> None:
+    """Once for each op, backend and reason; a warning where a faster backend of this device cannot run the tensors."""
+    if (op, choice) not in _logged:
+        _logged.add((op, choice))
+        level = logging.WARNING if fell_back else logging.INFO
+        _logger.log(level, "%s runs on backend %s: %s", op, choice.name, choice.reason)

@@ -13,8 +13,10 @@ Not covered: checks of the arguments (the public functions do them), and speed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +26,21 @@ from mmrlhf.ops.loss_kinds import LOSSES, LossOptions
 from mmrlhf.ops.sharded import VocabShard
 
 Beta = float | Tensor | Callable[[Tensor, Tensor | None], "float | Tensor"]
+Op = TypeVar("Op", bound=Callable)
 
 
+def _without_autocast(op: Op) -> Op:
+    """Autocast has cast the operands by now; left on, it would lower what is raised to float32 here once more."""
+
+    @functools.wraps(op)
+    def run(hidden, *args, **options):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return op(hidden, *args, **options)
+
+    return run  # type: ignore[return-value]
+
+
+@_without_autocast
 def linear_logp(
     hidden: Tensor,  # [..., H]
     weight: Tensor,  # [V, H]
@@ -286,6 +301,7 @@ class TokenStatistics:
 
 
 @torch.no_grad()
+@_without_autocast
 def token_statistics(
     hidden: Tensor,  # [..., H]
     weight: Tensor,  # [V, H]

@@ -47,7 +47,8 @@ def token_statistics(
     has a larger logit than the target, so that a tie counts (two logits that differ by a rounding are not a tie, on
     triton not even two equal rows of the weight). Rows whose target is `ignore_index` get 0 and False. TRL logs the
     means of entropy, is_top1 (mean_token_accuracy) and mean_logit; sum_p2 is what WPO weighs pairs with
-    (arXiv:2406.11827). No result has a gradient.
+    (arXiv:2406.11827). No result has a gradient. One pass over the vocabulary, log-probabilities included; beside a
+    `linear_logp` whose gradient is wanted it is one more.
 
     Raises what `linear_logp` raises.
     """

@@ -389,8 +389,7 @@ def case_a_head_that_is_an_fsdp_unit():
     alone.load_state_dict(head.state_dict())
     fully_shard(head)
     losses = []
-    for rank in (0, 1):
-        tensors, targets = own_rows(rank)
+    for tensors, targets in map(own_rows, (0, 1)):
         losses.append(linear_logp(tensors["hidden"], alone.weight, targets).mean())
     (sum(losses) / 2).backward()
     tensors, targets = own_rows(dist.get_rank())

@@ -9,7 +9,15 @@ import threading
 import pytest
 import torch
 
-from mmrlhf.ops import backend, linear_logp, reference, streaming
+from mmrlhf.ops import (
+    backend,
+    fused_preference_loss,
+    linear_logp,
+    reference,
+    sequence_score,
+    streaming,
+    token_statistics,
+)
 from numerics import HeadProblem
 
 
@@ -28,6 +36,19 @@ def test_automatic_choice_has_a_reason_and_is_logged_once(caplog):
     assert choices[0].reason
     assert [r.message for r in caplog.records] == [
         f"linear_logp runs on backend {choices[0].name}: {choices[0].reason}"
+    ]
+
+
+def test_what_is_asked_for_is_logged_once_too(caplog, monkeypatch):
+    """A forgotten MMRLHF_BACKEND=reference makes the whole [N, V]: it must not do so without a word."""
+    monkeypatch.setenv(backend.ENVIRONMENT, "reference")
+    with caplog.at_level(logging.INFO, logger="mmrlhf.ops"):
+        for _ in range(2):
+            backend.choose("linear_logp", torch.zeros(2, 3))
+            backend.choose("linear_logp", torch.zeros(2, 3), requested="torch")
+    assert [(r.levelno, r.message) for r in caplog.records] == [
+        (logging.INFO, "linear_logp runs on backend reference: asked for by MMRLHF_BACKEND"),
+        (logging.INFO, "linear_logp runs on backend torch: asked for by backend="),
     ]
 
 
@@ -128,6 +149,7 @@ def test_k22_cpu_without_its_extension(monkeypatch, caplog):
             for _ in range(2):
                 linear_logp(hidden, hidden, torch.zeros(2, dtype=torch.int64))
         (record,) = caplog.records
+        assert record.levelno == logging.WARNING  # a library's INFO is not seen by default, and this is much slower
         assert "linear_logp runs on backend torch" in record.message
         assert "; not cpu: the compiled extension mmrlhf._C cannot be imported" in record.message
     finally:
@@ -181,3 +203,19 @@ def test_strided_targets_reach_the_compiled_pass():
     hidden, weight = torch.randn(6, 8, generator=g), torch.randn(50, 8, generator=g)
     targets = torch.randint(0, 50, (12,), generator=g)[::2]
     assert torch.equal(linear_logp(hidden, weight, targets), linear_logp(hidden, weight, targets.clone()))
+
+
+def test_reference_under_autocast_is_float32_as_the_others_are():
+    """Autocast casts the operands, as of a linear layer, and not the logits, which would be 0.02 nats off."""
+    problem = HeadProblem.random(6, 16, 101)
+    rest = torch.tensor([0, 2, 6]), torch.tensor([[0, 1]])
+    options = {"reference_scores": torch.zeros(2), "backend": "reference"}
+    cast = problem.hidden.bfloat16(), problem.weight.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = linear_logp(problem.hidden, problem.weight, problem.targets, backend="reference")
+        fused = fused_preference_loss(problem.hidden, problem.weight, problem.targets, *rest, **options)
+        statistics = token_statistics(problem.hidden, problem.weight, problem.targets, backend="reference")
+    assert logp.dtype == fused.scores.dtype == statistics.entropy.dtype == torch.float32
+    assert torch.equal(logp, linear_logp(*cast, problem.targets, backend="reference"))
+    assert torch.equal(fused.scores, sequence_score(logp, rest[0]))
+    assert torch.equal(statistics.entropy, token_statistics(*cast, problem.targets, backend="reference").entropy)

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mmrlhf.kernels.triton import configs, launch
-from mmrlhf.ops import _triton, backend, fused_preference_loss, linear_logp, reference
+from mmrlhf.kernels.triton import configs, launch, launch_redo
+from mmrlhf.ops import _triton, backend, checks, fused_preference_loss, linear_logp, reference
 from mmrlhf.ops.token_statistics import token_statistics
 from numerics import HeadProblem, assert_no_worse, plain_logp
 
@@ -53,12 +55,79 @@ def test_k03_mixed_device_on_a_gpu():
         linear_logp(torch.zeros(2, 8).cuda(), torch.zeros(11, 8), torch.zeros(2, dtype=torch.int64).cuda())
 
 
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it is on a GPU; `Looks` sees whether its values are looked at."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+class Looks(TorchDispatchMode):
+    """How many operators ran: a comparison is a launch, and a bool() of it waits for the device."""
+
+    ran = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran += 1
+        return func(*args, **(kwargs or {}))
+
+
+def on_cuda(*values: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype).as_subclass(OnCuda)
+
+
+ROWS = torch.zeros(2, 8).as_subclass(OnCuda)
+LOOKED_AT = [
+    (
+        (checks.targets, on_cuda(3, 11), ROWS, 11, -100),
+        r"targets must be token ids in \[0, 11\) or ignore_index -100; entry 1 is 11",
+    ),
+    ((checks.cu_seqlens, on_cuda(0, 5, 3, 6), 6), "cu_seqlens must be in ascending order; entry 1 is 3"),
+    ((checks.cu_seqlens, on_cuda(0, 5), 6), "cu_seqlens must run from 0 to 6"),
+    ((checks.pairs, on_cuda(0, 2).view(1, 2), 2), r"pairs must be responses in \[0, 2\); entry 1 is 2"),
+    (
+        (checks.finite_weights, "token_weight", on_cuda(1, -1, dtype=torch.float32), 2, "one a token", ROWS),
+        "token_weight must be finite and 0 or more; entry 1 is -1.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), LOOKED_AT, ids=["targets", "order", "tokens", "pairs", "weights"])
+def test_k05_a_device_is_looked_at_where_that_is_asked_for(call, message, monkeypatch):
+    """Values on a GPU are not even compared, which would be launches and a wait; with MMRLHF_CHECK_VALUES=1 they are
+    checked as on the CPU."""
+    check, *arguments = call
+    for value in ("", "0"):
+        monkeypatch.setenv("MMRLHF_CHECK_VALUES", value)
+        with Looks() as inside:
+            check(*arguments)
+        assert inside.ran == 0
+    monkeypatch.setenv("MMRLHF_CHECK_VALUES", "1")
+    with pytest.raises(ValueError, match=message):
+        check(*arguments)
+
+
+@gpu
+@needs(1)
+def test_k05_label_out_of_range_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("MMRLHF_CHECK_VALUES", "1")
+    hidden, weight = torch.randn(4, 8, device="cuda"), torch.randn(11, 8, device="cuda")
+    for bad in (11, -1):
+        targets = torch.tensor([3, 4, bad, 5], device="cuda")
+        with pytest.raises(ValueError, match=rf"targets must be token ids in \[0, 11\).*; entry 2 is {bad}"):
+            linear_logp(hidden, weight, targets)
+
+
 def untouched(rows: int, width: int, stride: int) -> torch.Tensor:
-    """[rows, width] float32 with a huge row stride, over address space of which only these rows are ever memory."""
-    size = 4 * ((rows - 1) * stride + width)
+    """[rows, width] float32 with a huge row stride, over address space of which only these rows are ever memory.
+
+    Below them are 2^31 entries more, which are 0: there a 32-bit offset lands, and not outside of the process.
+    """
+    size = 4 * ((1 << 31) + (rows - 1) * stride + width)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     flat = torch.from_numpy(np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=np.float32))
-    return flat.as_strided((rows, width), (stride, 1))
+    return flat.as_strided((rows, width), (stride, 1), 1 << 31)
 
 
 @pytest.mark.skipif(not launch.interpreted(), reason="test_device.py has 2.3e9 real exponentials")
@@ -84,6 +153,52 @@ def test_k12_int64_offsets():
         )
         results.append((z_y.clone(), e.clone(), partial.clone()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not launch.interpreted(), reason="test_device.py has 2.3e9 real exponentials")
+def test_k12_int64_offsets_of_tiles_and_rows_done_again():
+    """The same of every other matrix: the epilogue's tile and exponentials, the product and the gradient by the rows,
+    and each of rows that are done again, an adapter's parts included."""
+    problem = HeadProblem.random(3, 16, 3)
+    g = torch.Generator().manual_seed(1)
+    low, up, product = (torch.randn(3, width, generator=g) for width in (4, 4, 16))
+    target, rest, z_y, slope_y = torch.arange(3), torch.rand(3, generator=g), torch.zeros(3), None
+    everything = launch_redo.select(torch.full((3,), float("inf")), z_y=z_y, offset=z_y)
+
+    def run(matrix):
+        """`matrix(width)`: an empty [3, width]."""
+
+        def of(values):
+            return matrix(values.shape[1]).copy_(values)
+
+        hidden, weight = of(problem.hidden), of(problem.weight)
+        common = {"target": target, "bias": None, "epilogue": launch.Epilogue()}
+        vectors = {"z_y": z_y, "rest": rest, "slope_y": slope_y, "logit_scale": 1.0}
+        e, calm, offset = matrix(3), torch.zeros(3), torch.full((3,), float("-inf"))
+        sums = [torch.empty(1, 1, 3) for _ in range(3)]
+        config = configs.EpilogueConfig(4, 1, 4, 64)
+        tile = of(problem.hidden @ problem.weight.T)
+        launch.exp2_epilogue(tile, e, start=0, offset=calm, partial=sums[0], config=config, **common)
+        unit = matrix(16)
+        launch.unit_gradient_(of(product), weight, target, offset=calm, out=unit, **vectors)
+        adapter = {"low": of(low), "up": of(up)}
+        launch_redo.maximum_(hidden, weight, everything, offset=offset, **common, **adapter)
+        found = [e, unit, offset, *sums]
+        for by_row, partial in ((False, sums[1]), (True, sums[2])):
+            kept, again = matrix(3), matrix(16)
+            shared = common | adapter | {"offset": offset, "partial": partial, "by_row": by_row}
+            launch_redo.exponentials(hidden, weight, kept, everything, **shared)
+            launch_redo.unit_gradient_(
+                again, kept, weight, everything, target=target, offset=offset, by_row=by_row, **vectors
+            )
+            found += [kept, again]
+        return found
+
+    far = run(lambda width: untouched(3, width, (1 << 30) + 16))
+    near = run(lambda width: torch.full((3, width), float("nan")))
+    for got, want in zip(far, near, strict=True):
+        assert want.isfinite().all()
+        assert torch.equal(got, want)
 
 
 @gpu
@@ -143,41 +258,46 @@ def test_k23_wrong_arch(arch, reason, monkeypatch):
         backend.choose("linear_logp", tensor, tensor, requested="triton")
 
 
+class Allocations(TorchDispatchMode):
+    """Counts the operators that make a tensor with memory of its own; the one of number `failing` finds none left."""
+
+    def __init__(self, failing: int = 0):
+        super().__init__()
+        self.failing, self.count = failing, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if torch.is_tensor(each)}
+        out = func(*args, **(kwargs or {}))
+        made = (each for each in tree_leaves(out) if torch.is_tensor(each) and each.numel())
+        if any(each.untyped_storage().data_ptr() not in given for each in made):
+            self.count += 1
+            if self.count == self.failing:
+                raise torch.OutOfMemoryError("arranged")
+        return out
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
+@pytest.mark.parametrize("head_backend", ["torch", "cpu", "triton"], indirect=True)
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_k24_oom_in_forward(name, trained, monkeypatch):
+def test_k24_oom_in_forward(one_tile, trained):
     """Whichever allocation fails, first to last: the error comes through, no input and no gradient was written to, and
-    the next call is as if nothing had been."""
+    the next call is as if nothing had been. Where they are many, 60 of them; 12 of triton's, interpreted."""
     problem = HeadProblem.random(20, 8, 50, bias=True)
     leaves = {k: v.detach().requires_grad_(trained or k == "hidden") for k, v in problem.leaves().items()}
     before = {k: v.detach().clone() for k, v in leaves.items()}
-    real, calls, fails = torch.empty, 0, 0
 
     def step():
-        nonlocal calls
-        calls = 0
-        out = fused(leaves["hidden"], leaves["weight"], problem.targets, bias=leaves["bias"], backend=name)
+        out = fused(leaves["hidden"], leaves["weight"], problem.targets, bias=leaves["bias"])
         wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
         return [out.loss.detach(), *torch.autograd.grad(out.loss, wanted)]
 
-    def empty(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == failing:
-            raise torch.OutOfMemoryError("arranged")
-        return real(*args, **kwargs)
-
-    expected = step()
-    monkeypatch.setattr(torch, "empty", empty)
-    for failing in range(1, 100):  # noqa: B007, read by `empty`
-        try:
+    with Allocations() as every:
+        expected = step()
+    assert every.count > 30
+    most = 12 if one_tile == "triton" else 60
+    for failing in range(1, every.count + 1, every.count // most + 1):
+        with pytest.raises(torch.OutOfMemoryError, match="arranged"), Allocations(failing):
             step()
-        except torch.OutOfMemoryError:
-            fails += 1
-        else:
-            break
-    assert calls == fails > 2
     assert all(torch.equal(leaf, before[key]) and leaf.grad is None for key, leaf in leaves.items())
     assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
 

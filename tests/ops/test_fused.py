@@ -1,7 +1,8 @@
 """fused_preference_loss against the composed reference in float64: value, every output, every gradient.
 
 The responses: seven, one of them empty, one of one token; the pairs make three components (responses 0-1, 2-5 and the
-lone 6), so that a small budget cuts the trained head into chunks with and without kept exponentials.
+lone 6), so that a small budget cuts the trained head into chunks with and without kept exponentials. With `small_tiles`
+every chunk is several tiles of rows, and the vocabulary several blocks.
 """
 
 from __future__ import annotations
@@ -100,24 +101,28 @@ def check(problem, settings, *, train=("hidden", "weight", "bias"), scale=1.0, *
     return out, grads
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
 @pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_trained_head(kind, budget):
     check(*scene(kind), memory_budget=budget)
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_frozen_head(kind):
     check(*scene(kind), train=("hidden",))
     check(*scene(kind), train=())
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("train", [("weight",), ("bias",), ("hidden", "bias"), ("hidden", "weight")])
 @pytest.mark.parametrize("budget", [None, 0], ids=["kept", "recomputed"])
 def test_k16_partial_grads(train, budget):
     check(*scene(), train=train, memory_budget=budget)
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
 @pytest.mark.parametrize("options", [{"logit_scale": 0.4}, {"softcap": 9.0, "logit_scale": 1.5}], ids=str)
 def test_scale_and_softcap(options, budget):
@@ -126,6 +131,7 @@ def test_scale_and_softcap(options, budget):
     check(*scene(bias=False, **options), train=("hidden", "weight"), memory_budget=budget)
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("budget", [None, 0], ids=["kept", "recomputed"])
 def test_half_precisions(dtype, budget):
@@ -133,12 +139,14 @@ def test_half_precisions(dtype, budget):
     check(*scene(dtype=dtype), train=("hidden",))
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("train", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trained"])
 def test_k17_scaled_upstream_gradient(train):
     check(*scene(), train=train, scale=-37.5)
     check(*scene(), train=train, scale=0.0)
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("train", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trained"])
 def test_micro_batches_add_up_to_the_step(train):
     """num_pairs and num_sft_tokens of the whole step: two micro-batches give the gradient of one batch."""
@@ -237,6 +245,7 @@ def test_is_the_composition_of_the_ops():
         assert torch.allclose(getattr(got, name), getattr(out, name))
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
 def test_k09_extreme_logits(budget):
     """Logits of about +-1e4 and log-ratios in the thousands."""
@@ -335,6 +344,7 @@ def test_k08_nonfinite_row_with_no_weight_spoils_nothing():
             assert (grads["hidden"][34:] == 0).all()
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("train", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trained"])
 def test_k18_k19_double_backward_and_backward_twice(train):
     problem, settings = scene()

@@ -36,6 +36,7 @@ def problem_with_faults(**options) -> HeadProblem:
     return problem
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("budget", [None, 0], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("head", [{}, {"softcap": 500.0, "logit_scale": 0.8}], ids=["plain", "capped"])
 def test_linear_logp_compiles_whole(head, budget):
@@ -70,6 +71,7 @@ def test_ignored_rows_frozen_head_and_half_precision_compiled():
     assert (results[1][1][[0, 4]] == 0).all()
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_one_graph_for_every_number_of_rows():
     """dynamic=True: another N, as every batch has, compiles nothing again."""
     torch._dynamo.utils.counters.clear()
@@ -83,6 +85,7 @@ def test_one_graph_for_every_number_of_rows():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("train", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trained"])
 @pytest.mark.parametrize("settings", [{"kind": "sigmoid", "beta": 0.3, "sft_weight": 0.25}, {"kind": "ipo"}], ids=str)
 def test_fused_preference_loss_compiles_whole(settings, train):
@@ -131,6 +134,7 @@ def test_autocast_is_left_outside_the_op():
     assert torch.equal(got, linear_logp(problem.hidden.bfloat16(), problem.weight.bfloat16(), problem.targets))
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("softcap", [None, 300.0])
 @pytest.mark.parametrize("rank", [None, 3], ids=["bare", "adapter"])

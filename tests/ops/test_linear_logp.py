@@ -1,7 +1,7 @@
 """linear_logp against float64 truth, value and every gradient.
 
-Shapes: V = 1 and N = 0 (edges); odd and prime sizes; V above one block (1024 columns for full rows, 2048 for few), so
-that a target falls into the first, a middle and the last block; N above one row tile (512).
+Shapes: V = 1 and N = 0 (edges); odd and prime sizes; V above one block (1536 columns), so that a target falls into the
+first, a middle and the last block. With `small_tiles` also N above one tile of rows, which would take 1025 of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numerics import HeadProblem, assert_no_worse, check_linear_logp, plain_logp
 
 pytestmark = pytest.mark.usefixtures("head_backend")
 
-SHAPES = [(1, 1, 1), (5, 7, 1), (0, 8, 13), (3, 16, 2), (37, 19, 509), (64, 33, 4999), (531, 8, 1201)]
+SHAPES = [(1, 1, 1), (5, 7, 1), (0, 8, 13), (3, 16, 2), (37, 19, 509), (64, 33, 4999)]
 HEADS = [{}, {"bias": True}, {"logit_scale": 0.35}, {"bias": True, "logit_scale": 1.7, "softcap": 6.0}]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -26,6 +26,14 @@ def test_values_and_gradients(shape, head, budget):
     check_linear_logp(HeadProblem.random(*shape, **head), memory_budget=budget)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("budget", [None, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("head", HEADS, ids=lambda h: "+".join(h) or "plain")
+def test_several_tiles_of_rows_and_columns(head, budget):
+    check_linear_logp(HeadProblem.random(53, 8, 1201, **head), memory_budget=budget)
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("budget", [None, 0], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_half_precisions(dtype, budget):
@@ -102,15 +110,17 @@ def test_p_near_one_keeps_relative_precision(budget):
 
 @pytest.mark.parametrize("budget", [None, 0])
 @pytest.mark.parametrize("softcap", [None, 500.0])
-def test_far_below_the_offset_range(softcap, budget):
+@pytest.mark.parametrize("far", [[3, 17], [*range(11), 17]], ids=["two rows", "more than a tile"])
+@pytest.mark.usefixtures("small_tiles")
+def test_far_below_the_offset_range(softcap, budget, far):
     """logp < -100 nats: the target's offset overflows, the rows are done again; their neighbours are untouched."""
     problem = HeadProblem.random(40, 16, 3000, softcap=softcap)
     calm = linear_logp(problem.hidden, problem.weight, problem.targets, softcap=softcap)
-    problem.hidden[[3, 17]] *= 150
-    problem.targets[[3, 17]] = (problem.hidden[[3, 17]] @ problem.weight.T).argmin(-1)
+    problem.hidden[far] *= 150
+    problem.targets[far] = (problem.hidden[far] @ problem.weight.T).argmin(-1)
     out, _ = check_linear_logp(problem, memory_budget=budget)
-    assert (out[[3, 17]] < -100).all()
-    others = [i for i in range(40) if i not in (3, 17)]
+    assert (out[far] < -100).all()
+    others = [i for i in range(40) if i not in far]
     assert torch.equal(out[others].detach(), calm[others])
 
 
