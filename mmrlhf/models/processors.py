@@ -5,6 +5,7 @@ transformers needs torchvision for every video processor, and refuses to build o
 image side is loaded as transformers would (its PIL backend) and `frames.FrameProcessor` stands in for the video side:
 it keeps the saved settings, so that saving writes what was read, and takes lists of frames where that is simple.
 Pixtral's processor (also Mistral 3's) has no video side; only an import of its keeps it from working: `pixtral_class`.
+Before 5.18 transformers also hides some PIL image processors it has (Idefics3, SmolVLM): `_hidden_pil_class`.
 
 Pixels of the two backends differ by up to 0.26 for Qwen (0.016 elsewhere), ids never: `image_backend` names the one
 in use, for cache keys. Not covered: audio, and processors whose code comes from the hub.
@@ -126,7 +127,8 @@ def processor_from_folder(folder: Path, *, trust_remote_code: bool = False) -> A
     name = _processor_class_name(folder)
     processor_class = _class_of(name) if name else None
     attributes = processor_class.get_attributes() if processor_class else []
-    if "video_processor" not in attributes and name != "PixtralProcessor":
+    by_parts = "video_processor" in attributes or name == "PixtralProcessor" or _hidden_pil_class(folder) is not None
+    if not by_parts:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     return _by_parts(folder, processor_class, attributes)
 
@@ -135,21 +137,12 @@ def _by_parts(folder: Path, processor_class: Any, attributes: list[str]) -> Any:
     """Build a processor part by part, with the stand-in as its video processor if it has one."""
     from transformers import AutoTokenizer
 
-    # From its own module: before 5.18 the package's top level hides it without torchvision.
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
     parts: dict[str, Any] = {}
     for attribute in attributes:
         if attribute == "tokenizer":
             parts[attribute] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         elif attribute == "image_processor":
-            try:
-                parts[attribute] = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-            except ImportError as error:  # LLaVA-OneVision in transformers 5.4
-                raise RuntimeError(
-                    f"{folder}: this version of transformers needs torchvision for its images ({error}); upgrade "
-                    "transformers, or install the torchvision that matches torch"
-                ) from error
+            parts[attribute] = _image_processor(folder)
         elif attribute != "video_processor":
             raise ValueError(
                 f"{folder}: {processor_class.__name__} has a part {attribute!r} that mmrlhf does not know; "
@@ -160,6 +153,43 @@ def _by_parts(folder: Path, processor_class: Any, attributes: list[str]) -> Any:
     with processor_scope():
         saved, _ = processor_class.get_processor_dict(folder, local_files_only=True)
         return processor_class.from_args_and_dict([parts[attribute] for attribute in attributes], saved)
+
+
+def _image_processor(folder: Path) -> Any:
+    """The folder's PIL image processor, also where transformers hides it."""
+    hidden = _hidden_pil_class(folder)
+    if hidden is not None:
+        return hidden.from_pretrained(folder, local_files_only=True)
+    # From its own module: before 5.18 the package's top level hides it without torchvision.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    except ImportError as error:  # LLaVA-OneVision in transformers 5.4
+        raise RuntimeError(
+            f"{folder}: this version of transformers needs torchvision for its images ({error}); upgrade "
+            "transformers, or install the torchvision that matches torch"
+        ) from error
+
+
+def _hidden_pil_class(folder: Path) -> Any | None:
+    """The PIL class of the folder's image processor, if transformers has it but shows a placeholder for it.
+
+    Before 5.18 a module that mentions TorchvisionBackend even in a comment counts as one that needs torchvision, and so
+    Idefics3's and SmolVLM's PIL modules do. The placeholder names the module it stands for.
+    """
+    import transformers
+
+    nested = read_json(folder / "processor_config.json").get("image_processor")
+    settings = nested or read_json(folder / "preprocessor_config.json")
+    name = str(settings.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil") + "Pil"
+    shown = getattr(transformers, name, None)
+    if not getattr(shown, "is_dummy", False):
+        return None
+    try:
+        return getattr(importlib.import_module(shown.__module__), name)
+    except ImportError:
+        return None  # it does need what is missing
 
 
 def _video_settings(folder: Path) -> dict[str, Any]:

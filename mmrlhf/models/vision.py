@@ -15,6 +15,7 @@ placeholder tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,6 +205,8 @@ def _run(inner: Any, inputs: Mapping[str, Tensor]) -> VisionFeatures:
         known = set(inspect.signature(function).parameters)
         if "kwargs" in known and kind == "image":  # older Llava hands Pixtral's sizes on without naming them
             known |= {"image_sizes"} & set(inspect.signature(inner.forward).parameters)
+        if kind == "video" and pixels not in known:
+            function, known = functools.partial(_videos_and_newlines, inner), {pixels}
         arguments = {key: value for key, value in inputs.items() if key in known}
         used |= set(arguments)
         arguments[pixels] = _as_parameters(arguments[pixels], inner)
@@ -215,6 +218,20 @@ def _run(inner: Any, inputs: Mapping[str, Tensor]) -> VisionFeatures:
             "processor and model do not belong together"
         )
     return VisionFeatures(**found)
+
+
+def _videos_and_newlines(inner: Any, pixel_values_videos: Tensor, return_dict: bool) -> Any:
+    """`get_video_features` of LLaVA-OneVision in transformers < 5.18, which left each video's newline to forward."""
+    if inner.config.model_type != "llava_onevision":
+        raise ValueError(
+            f"{type(inner).__name__}.get_video_features takes no pixel_values_videos in this version of transformers: "
+            "its videos are not supported"
+        )
+    output = inner.get_video_features(pixel_values_videos, return_dict=return_dict)
+    videos = output.pooler_output  # [videos, n, H]
+    newlines = inner.image_newline.to(videos).expand(len(videos), 1, -1)
+    output.pooler_output = torch.cat([videos, newlines], dim=1)
+    return output
 
 
 def _touch(inner: Any, kinds: Sequence[str]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,27 @@ def test_folders_of_older_transformers(tmp_path):
 
 
 @needs_no_torchvision
+@pytest.mark.parametrize(("family", "name"), [("idefics3", "Idefics3"), ("smolvlm", "SmolVLM")])
+def test_a_pil_image_processor_that_transformers_hides(family, name, tmp_path, monkeypatch):
+    """Before 5.18 a placeholder stands for these PIL classes without torchvision, and AutoProcessor finds none."""
+    import transformers
+    from transformers.utils.import_utils import DummyObject
+
+    folder, name = tiny_folder(family, tmp_path), f"{name}ImageProcessorPil"
+    package = f"transformers.models.{family}"
+    # The PIL name last: reading the other one, as setattr does first, may put the real class back under it.
+    for hides, where in ((name.removesuffix("Pil"), ""), (name, "pil_")):
+        space = {"_backends": ("torchvision",), "__module__": f"{package}.image_processing_{where}{family}"}
+        for module in (transformers, sys.modules[package]):
+            monkeypatch.setattr(module, hides, DummyObject(hides, (), space), raising=False)
+    images = load.load_processor(folder).image_processor
+    assert type(images).__name__ == name
+    saved = read_json(folder / "processor_config.json")["image_processor"]
+    assert images.size == saved["size"]
+    assert images.max_image_size == saved["max_image_size"]
+
+
+@needs_no_torchvision
 def test_nothing_of_transformers_stays_patched(tmp_path):
     from transformers.models.smolvlm import processing_smolvlm
     from transformers.processing_utils import transformers_module
@@ -106,6 +128,34 @@ def test_frames_become_video_features(family):
     assert features.image is None
     assert features.video is not None
     assert shared_prefix.self_check(model, batch).max_error < 1e-5
+
+
+@needs_no_torchvision
+def test_llava_onevision_videos_of_older_transformers(monkeypatch):
+    """Before 5.18 get_video_features named its pixels otherwise, and forward added the newline after each video."""
+    model, out = video_inputs("llava_onevision", [tiny_image(56, 56, seed=seed) for seed in range(3)], count=2)
+    inner, ids = shared_prefix.inner_model(model), torch.as_tensor(out["input_ids"])
+    pixels = torch.as_tensor(out["pixel_values_videos"])
+    with torch.no_grad():
+        want = inner(input_ids=ids, pixel_values_videos=pixels).last_hidden_state
+    newer = inner.get_video_features
+
+    def older(pixel_values, **kwargs):
+        output = newer(pixel_values_videos=pixel_values, **kwargs)
+        output.pooler_output = output.pooler_output[:, :-1]
+        return output
+
+    if "pixel_values_videos" in inspect.signature(newer).parameters:
+        monkeypatch.setattr(inner, "get_video_features", older)
+    from tiny import TinyGroup, batch_of
+
+    prefix = ids[0].tolist()
+    batch = batch_of([TinyGroup(prefix, [[40]], {"pixel_values_videos": pixels}, [0] * len(prefix), 1)])
+    features = vision.encode(model, batch)
+    module, inputs = vision.decoder_inputs(model, ids, features)
+    with torch.no_grad():
+        got = module(**inputs).last_hidden_state
+    torch.testing.assert_close(got, want)
 
 
 @needs_no_torchvision
