@@ -326,9 +326,9 @@ def suite(arguments: argparse.Namespace) -> int:
 
     def own(name: str) -> list[Any]:
         measure = {**_HALLUCINATION, "safety": _safety_figures}[name]
-        own = _measurement(arguments, name)
-        figures, details[own] = measure(arguments, files[name])
-        return _of(own, figures)
+        known_as = _measurement(arguments, name)
+        figures, details[known_as] = measure(arguments, files[name])
+        return _of(known_as, figures)
 
     figures, notes = suites.run(
         chosen,
